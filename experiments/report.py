@@ -1,0 +1,272 @@
+"""What a run of the main job says: rates from the answers, tables, `summary.json`, `report.md` and plots.
+
+Works on answers as they stand in the answer files (`experiments.answers`), so it needs no model. Tokens are
+counted by ids for every method, plain decoding included; every time is prefill + decoding, without compilation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+
+from experiments import questions
+from experiments.answers import Answer
+
+OVERALL = "overall"
+LOOP_NGRAM = 8
+
+
+def summarize(answers: Mapping[str, Sequence[Answer]], plain: str = "none") -> list[dict[str, Any]]:
+    """One row for each method and task that has questions, and "overall".
+
+    Args:
+      answers: of each method, the same questions for all.
+      plain: the method that the others are compared with.
+
+    Returns:
+      Rows of
+        method, task, questions, turns, tokens, steps,
+        speedup: mean over questions of tokens per second, over plain decoding's (Spec-Bench's definition),
+        speedup_total: total tokens over total seconds, over plain decoding's,
+        tokens_per_second: total tokens over total seconds; tokens_per_second_mean: the mean of the questions' rates,
+        tokens_per_step: total tokens over total steps, the bonus token included,
+        nodes_per_step: draft nodes verified, mean over steps,
+        prefill_ms, decode_ms: sums; draft_us: drafting alone for one step, mean over the answers where it was measured,
+        near_ties, near_ties_per_100k: explained differences from plain decoding, of turns, and per 100,000 tokens,
+        acceptance: for each source, nodes proposed and accepted by depth, the root's children first.
+
+    Raises:
+      ValueError: a method has other questions than plain decoding.
+    """
+    expected = [answer["question_id"] for answer in answers[plain]]
+    for method, rows in answers.items():
+        if [answer["question_id"] for answer in rows] != expected:
+            raise ValueError(f"the answers of {method} are not to the same questions, in the same order, as those of {plain}")
+    out = []
+    for method, rows in answers.items():
+        for task in (*questions.TASKS, OVERALL):
+            chosen = _of_task(rows, task)
+            if chosen:
+                out.append({"method": method, "task": task, **_rates(chosen, _of_task(answers[plain], task))})
+    return out
+
+
+def _of_task(answers: Sequence[Answer], task: str) -> list[Answer]:
+    return [answer for answer in answers if task in (OVERALL, questions.task_of(answer["category"]))]
+
+
+def _rates(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]:
+    turns = [turn for answer in answers for turn in answer["hd_jax"]["turns"]]
+    tokens, steps = _sum(answers, "new_tokens"), _sum(answers, "decoding_steps")
+    near_ties = sum(not turn["verdict"]["is_equal"] for turn in turns)
+    draft_us = [answer["hd_jax"]["draft_us"] for answer in answers if answer["hd_jax"]["draft_us"] is not None]
+    return {
+        "questions": len(answers),
+        "turns": len(turns),
+        "tokens": tokens,
+        "steps": steps,
+        "speedup": _mean_rate(answers) / _mean_rate(plain),
+        "speedup_total": _total_rate(answers) / _total_rate(plain),
+        "tokens_per_second": _total_rate(answers),
+        "tokens_per_second_mean": _mean_rate(answers),
+        "tokens_per_step": tokens / steps,
+        "nodes_per_step": sum(turn["nodes_per_step"] * turn["steps"] for turn in turns) / steps,
+        "prefill_ms": sum(turn["prefill_ms"] for turn in turns),
+        "decode_ms": sum(turn["decode_ms"] for turn in turns),
+        "draft_us": sum(draft_us) / len(draft_us) if draft_us else None,
+        "near_ties": near_ties,
+        "near_ties_per_100k": 100_000 * near_ties / tokens,
+        "acceptance": _acceptance(turns),
+    }
+
+
+def _sum(answers: Sequence[Answer], key: str) -> Any:
+    return sum(sum(answer["choices"][0][key]) for answer in answers)
+
+
+def _total_rate(answers: Sequence[Answer]) -> float:
+    return _sum(answers, "new_tokens") / _sum(answers, "wall_time")
+
+
+def _mean_rate(answers: Sequence[Answer]) -> float:
+    return sum(_total_rate([answer]) for answer in answers) / len(answers)
+
+
+def _acceptance(turns: Sequence[dict]) -> dict[str, dict[str, list[int]]]:
+    out: dict[str, dict[str, list[int]]] = {}
+    for turn in turns:
+        for source, counts in turn["source_counts"].items():
+            total = out.setdefault(source, {"proposed": [], "accepted": []})
+            for kind, by_depth in counts.items():
+                total[kind] += [0] * (len(by_depth) - len(total[kind]))
+                for depth, count in enumerate(by_depth):
+                    total[kind][depth] += count
+    return out
+
+
+def loop_share(answers: Sequence[Answer]) -> float:
+    """Answers that repeat an n-gram of LOOP_NGRAM tokens, over all answers (turns). Loops flatter every drafter."""
+    turns = [turn["tokens"] for answer in answers for turn in answer["hd_jax"]["turns"]]
+
+    def is_looping(tokens: Sequence[int]) -> bool:
+        ngrams = [tuple(tokens[i : i + LOOP_NGRAM]) for i in range(len(tokens) - LOOP_NGRAM + 1)]
+        return len(set(ngrams)) < len(ngrams)
+
+    return sum(map(is_looping, turns)) / len(turns)
+
+
+def write(
+    folder: pathlib.Path, title: str, answers: Mapping[str, Sequence[Answer]], skipped: Sequence[str], facts: Sequence[str]
+) -> str:
+    """Writes summary.json, report.md and the plots into `folder`.
+
+    Args:
+      folder: of the run.
+      title: one line that says what ran.
+      answers: of each method.
+      skipped: a line for each question that was left out.
+      facts: further lines about the run.
+
+    Returns:
+      The tables as text for a terminal of 100 columns.
+    """
+    rows = summarize(answers)
+    loops = loop_share(answers["none"])
+    summary = {"results": rows, "skipped": list(skipped), "loop_share": loops}
+    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    plots = (_plot_by_task(rows, "speedup"), _plot_by_task(rows, "tokens_per_step"), _plot_acceptance(rows))
+    for name, figure in zip(("speedup", "tokens_per_step", "acceptance"), plots, strict=True):
+        temporary = folder / f".{name}.png"
+        figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, folder / f"{name}.png")
+    notes = [
+        *facts,
+        f"{loops:.0%} of plain decoding's answers repeat an {LOOP_NGRAM}-gram: loops flatter every drafter.",
+        _near_tie_line(rows),
+        *([f"{len(skipped)} questions were left out, their prompts do not fit: {'; '.join(skipped)}"] if skipped else []),
+    ]
+    tables = [(caption, note, *_grid(rows, kind)) for kind, (caption, note) in _TABLES.items()]
+    markdown = [f"# {title}", *(f"- {note}" for note in notes)]
+    for caption, note, head, body in tables:
+        markdown += [f"\n## {caption}\n\n{note}\n", _markdown(head, body)]
+    markdown += ["\n## Acceptance by source, overall\n", "Nodes accepted over nodes proposed, by depth in the tree.\n"]
+    markdown += [_markdown(*_acceptance_grid(rows))]
+    markdown += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in ("speedup", "tokens_per_step", "acceptance"))]
+    write_file(folder / "report.md", "\n".join(markdown) + "\n")
+    text = [f"{caption} ({note})\n{_aligned(head, body)}\n" for caption, note, head, body in tables]
+    return "\n".join([*text, *notes])
+
+
+_TABLES = {
+    "speedup": ("Speedup", "mean of the questions' tokens per second, over plain decoding's"),
+    "tokens_per_step": ("Mean accepted tokens", "tokens per decoding step, the model's own included"),
+    "cost": ("Overall", "total: all tokens / all seconds, over plain decoding's; near-ties: per 100,000 tokens"),
+}
+_COST_COLUMNS = {
+    "total": ("speedup_total", "{:.2f}"),
+    "tokens/s": ("tokens_per_second", "{:.1f}"),
+    "tokens": ("tokens", "{}"),
+    "steps": ("steps", "{}"),
+    "nodes/step": ("nodes_per_step", "{:.1f}"),
+    "prefill s": ("prefill_ms", "{:.1f}"),
+    "decode s": ("decode_ms", "{:.1f}"),
+    "draft us": ("draft_us", "{:.0f}"),
+    "near-ties": ("near_ties_per_100k", "{:.1f}"),
+}
+
+
+def _near_tie_line(rows: Sequence[dict]) -> str:
+    counts = {row["method"]: row["near_ties"] for row in rows if row["task"] == OVERALL}
+    if not any(counts.values()):
+        return "Every method's token ids equal plain decoding's."
+    told = ", ".join(f"{method} {count}" for method, count in counts.items() if count)
+    return f"Turns that differ from plain decoding's by an explained near-tie: {told}; all others are equal by token ids."
+
+
+def _grid(rows: Sequence[dict], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Head and body of a table, methods as rows."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    by_key = {(row["method"], row["task"]): row for row in rows}
+    if kind != "cost":
+        tasks = list(dict.fromkeys(row["task"] for row in rows))
+        return ["method", *tasks], [[m, *(f"{by_key[m, task][kind]:.2f}" for task in tasks)] for m in methods]
+    body = []
+    for method in methods:
+        cells = [method]
+        for name, (key, form) in _COST_COLUMNS.items():
+            value = by_key[method, OVERALL][key]
+            scaled = value / 1000 if name.endswith(" s") else value
+            cells.append("-" if value is None else form.format(scaled))
+        body.append(cells)
+    return ["method", *_COST_COLUMNS], body
+
+
+def _acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    found = [(row["method"], source, c) for row in rows if row["task"] == OVERALL for source, c in row["acceptance"].items()]
+    found = [entry for entry in found if any(entry[2]["proposed"])]
+    depth = max((len(counts["proposed"]) for _, _, counts in found), default=0)
+    body = []
+    for method, source, counts in found:
+        cells = [f"{a}/{p}" for a, p in zip(counts["accepted"], counts["proposed"], strict=True)]
+        body.append([method, source, *cells, *[""] * (depth - len(cells))])
+    return ["method", "source", *(f"depth {d}" for d in range(1, depth + 1))], body
+
+
+def _aligned(head: Sequence[str], body: Sequence[Sequence[str]], width: int = 100) -> str:
+    """Columns as wide as they need; the first is cut so that a line has at most `width` characters."""
+    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+    widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(head) - 1)))
+    cut = lambda cell: cell if len(cell) <= widths[0] else cell[: widths[0] - 1] + "~"  # noqa: E731
+    lines = [
+        [cut(row[0]).ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in (head, *body)
+    ]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def _plot_by_task(rows: Sequence[dict], key: str) -> matplotlib.figure.Figure:
+    head, body = _grid(rows, key)
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(body)
+    for index, (method, *values) in enumerate(body):
+        places = [place + (index - (len(body) - 1) / 2) * width for place in range(len(values))]
+        axes.bar(places, [float(value) for value in values], width, label=method)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(head) - 1), head[1:])
+    axes.set_ylabel("speedup over plain decoding" if key == "speedup" else "tokens per decoding step")
+    axes.legend(fontsize="small", ncols=min(len(body), 5), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    return figure
+
+
+def _plot_acceptance(rows: Sequence[dict]) -> matplotlib.figure.Figure:
+    overall = [row for row in rows if row["task"] == OVERALL and any(any(c["proposed"]) for c in row["acceptance"].values())]
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, max(len(overall), 1), sharey=True, squeeze=False)[0]
+    for axes, row in zip(panels, overall, strict=False):
+        for source, counts in row["acceptance"].items():
+            drawn = [(d, a / p) for d, (a, p) in enumerate(zip(counts["accepted"], counts["proposed"], strict=True), 1) if p]
+            if drawn:
+                axes.plot(*zip(*drawn, strict=True), marker="o", label=source)
+        axes.set_title(row["method"], fontsize="small")
+        axes.set_xlabel("depth")
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("nodes accepted / proposed")
+    panels[0].set_ylim(0, 1)
+    return figure
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+    """Writes beside the place and renames."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,330 @@
+r"""The main job: drafting methods side by side on Spec-Bench's tasks, every token checked against plain decoding's.
+
+    python -m experiments.specbench
+    python -m experiments.specbench --questions=question.jsonl --limit=5 --methods=none,pld,hd:window=0:order=cm
+
+Questions are the outer loop and methods the inner one, so that a machine that other work slows down for a while slows
+all methods alike. A method's turn 2 goes on from plain decoding's answer to turn 1. Every request starts with a fresh
+drafter: neither the warm-up nor an earlier question leaks into it.
+
+A run's folder holds, for each method, `<method>.jsonl` in Spec-Bench's answer format (its evaluation/speed.py reads it;
+the field "hd_jax" is ours), and config.json, summary.json, report.md and plots. Answers are appended as they come, so a
+run that was stopped goes on with --resume=FOLDER.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import inspect
+import math
+import os
+import pathlib
+import shlex
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tqdm
+from absl import flags
+
+from experiments import answers, program, questions, report, run_config
+from experiments.answers import Answer
+from experiments.questions import Question
+from experiments.run_config import CONFIG_FILE, PLAIN, Method, RunConfig
+
+DEFAULT_METHODS = "none,pld,hd,hd:window=0"
+WARM_UP_TEXT = "Say in one sentence what the weather is like on the moon, then count from one to ten."
+WARM_UP_TOKENS = 16
+
+
+class UnexplainedDifference(Exception):
+    """A method's tokens differ from plain decoding's by more than the mode allows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """The functions of `hd_jax` that the main job uses; tests put others in their place."""
+
+    load: Callable[..., Any]
+    makers: Mapping[str, Callable[..., Any]]
+    make_drafter: Callable[..., Any]
+    generate: Callable[..., Any]
+    measure_draft_us: Callable[..., float]
+    check: Callable[..., Any]
+
+    @classmethod
+    def default(cls) -> Library:
+        from hd_jax import decode, drafters, exactness  # Late, so that flag errors come at once.
+
+        return cls(decode.load, drafters.MAKERS, decode.make_drafter, decode.generate, decode.measure_draft_us, exactness.check)
+
+
+class Bench:
+    """A model and the methods' drafters.
+
+    Raises:
+      ValueError: no such model, method or option.
+    """
+
+    def __init__(self, library: Library, config: RunConfig, methods: Sequence[Method]):
+        for method in methods:
+            if method.drafter not in library.makers:
+                raise ValueError(
+                    f"method {method.label}: there is no drafter {method.drafter!r}; known: {', '.join(library.makers)}"
+                )
+        self.library, self.config = library, config
+        self.lm = library.load(config.model, dtype=config.dtype)
+        self.drafters = {}
+        for method in methods:
+            options = dict(method.options)
+            if config.num_nodes is not None and "num_nodes" in inspect.signature(library.makers[method.drafter]).parameters:
+                options.setdefault("num_nodes", config.num_nodes)
+            try:
+                self.drafters[method.label] = library.make_drafter(self.lm, method.drafter, **options)
+            except ValueError as error:
+                raise ValueError(f"method {method.label}: {error}") from error
+
+    def num_prompt_tokens(self, messages: list[dict[str, str]]) -> int:
+        return len(self.lm.tokenizer.chat(messages))
+
+    def generate(self, label: str, prompts: list[list[dict[str, str]]], seeds: list[int], max_new_tokens: int) -> list[Any]:
+        """A Result for each prompt; a single one is not sent as a batch."""
+        is_single = len(prompts) == 1
+        out = self.library.generate(
+            self.lm,
+            prompts[0] if is_single else prompts,
+            drafter=self.drafters[label],
+            max_new_tokens=max_new_tokens,
+            temperature=self.config.temperature,
+            seed=seeds[0] if is_single else seeds,
+            exact=self.config.exact,
+        )
+        return [out] if is_single else out
+
+    def verify(self, label: str, reference: Any, candidate: Any, seed: int) -> dict[str, Any]:
+        """The Verdict on a Result of a method against plain decoding's, as a dictionary."""
+        config = self.config
+        verdict = self.library.check(
+            self.lm,
+            self.drafters[label],
+            reference,
+            candidate,
+            temperature=config.temperature,
+            seed=seed,
+            exact=config.exact,
+        )
+        return dataclasses.asdict(verdict)
+
+    def draft_us(self, label: str, tokens: list[int]) -> float:
+        """Median microseconds of drafting alone for one step."""
+        return self.library.measure_draft_us(self.lm, self.drafters[label], tokens[: self.lm.max_context - 1])
+
+    def warm_up(self, num_rows: int) -> None:
+        """One short generation per method, on a text that is no question."""
+        for label in self.drafters:
+            self.generate(label, [_messages((WARM_UP_TEXT,), ())] * num_rows, [0] * num_rows, WARM_UP_TOKENS)
+
+    def answer(self, label: str, batch: Sequence[Question], plain: Sequence[Answer], *, is_draft_timed: bool) -> list[Answer]:
+        """Answers to questions with equally many turns.
+
+        Args:
+          label: of the method.
+          batch: the questions.
+          plain: plain decoding's answers to them; empty for plain decoding itself.
+          is_draft_timed: whether drafting alone is measured too, on the first question.
+        """
+        seeds = [self.config.seed + question.index for question in batch]
+        results: list[list[Any]] = [[] for _ in batch]
+        verdicts: list[list[dict]] = [[] for _ in batch]
+        for turn in range(len(batch[0].turns)):
+            said = [answers.texts(a)[:turn] for a in plain] or [[result.text for result in row] for row in results]
+            prompts = [_messages(question.turns, texts) for question, texts in zip(batch, said, strict=True)]
+            for row, result in enumerate(self.generate(label, prompts, seeds, self.config.max_new_tokens)):
+                expected = answers.tokens(plain[row], turn) if plain else result.tokens
+                reference = dataclasses.replace(result, tokens=expected)
+                verdicts[row].append(self.verify(label, reference, result, seeds[row]))
+                results[row].append(result)
+        draft_us: list[float | None] = [None] * len(batch)
+        if is_draft_timed:
+            draft_us[0] = self.draft_us(label, results[0][0].prompt_tokens + results[0][0].tokens)
+        parts = zip(batch, results, verdicts, draft_us, strict=True)
+        return [answers.make(label, q, r, v, draft_us=us, num_rows=len(batch)) for q, r, v, us in parts]
+
+
+def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
+    """Runs what `folder` does not hold yet, and writes the report.
+
+    Returns:
+      The tables for the terminal.
+
+    Raises:
+      ValueError: bad settings, questions or answer files.
+      OSError: a file cannot be read or written.
+      UnexplainedDifference: the answers up to and with the one that differs are in `folder`.
+    """
+    methods = [run_config.parse_method(text) for text in config.methods]
+    chosen = questions.select(questions.read(config.questions), config.tasks, config.limit)
+    with _claimed(folder):
+        bench = Bench(library, config, methods)
+        chosen, skipped = _split_by_length(bench, chosen)
+        facts = run_config.describe(config, bench.lm, chosen, skipped)
+        run_config.compare(folder, facts)
+        paths = {label: folder / f"{label}.jsonl" for label in bench.drafters}
+        stored = {label: answers.read(path, chosen) for label, path in paths.items()}
+        batches = _batches(chosen, config.batch_size)
+        num_done, num_all = sum(map(len, stored.values())), len(chosen) * len(methods)
+        if num_done < num_all:
+            bench.warm_up(max(map(len, batches)))
+        run_config.write(folder, facts)
+    with tqdm.tqdm(total=num_all, initial=num_done, unit="answer", dynamic_ncols=True) as progress:
+        start, timed_tasks = 0, set()
+        for batch in batches:
+            rows = slice(start, start + len(batch))
+            for label, path in paths.items():
+                num_stored = len(stored[label][rows])
+                if num_stored < len(batch):
+                    progress.set_postfix_str(f"{batch[0].task}, {label}")
+                    plain = [] if label == PLAIN else stored[PLAIN][rows]
+                    is_timed = label != PLAIN and batch[0].task not in timed_tasks
+                    new = bench.answer(label, batch, plain, is_draft_timed=is_timed)[num_stored:]
+                    answers.append(path, new)
+                    stored[label] += new
+                    progress.update(len(new))
+                for answer in stored[label][rows]:
+                    difference = answers.unexplained(answer)
+                    if difference:
+                        raise UnexplainedDifference(f"{label} differs from plain decoding without a near-tie in {difference}")
+            start += len(batch)
+            timed_tasks.add(batch[0].task)
+    title = f"Spec-Bench: {facts['model']['name']}, temperature {config.temperature:g}"
+    return report.write(folder, title, stored, skipped, _fact_lines(config, facts))
+
+
+@contextlib.contextmanager
+def _claimed(folder: pathlib.Path) -> Iterator[None]:
+    """Raises OSError where the folder cannot be written; takes a new folder away again if the body fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    probe.unlink()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # refuses if anything is in it
+        raise
+
+
+def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
+    """The chat that ends with the user's turn after the answers `said`."""
+    out = []
+    for index, turn in enumerate(turns[: len(said) + 1]):
+        out.append({"role": "user", "content": turn})
+        out += [{"role": "assistant", "content": text} for text in said[index : index + 1]]
+    return out
+
+
+def _split_by_length(bench: Bench, chosen: Sequence[Question]) -> tuple[list[Question], list[str]]:
+    """The questions whose prompts fit the context, however long earlier turns' answers are, and a line for each other one."""
+    fitting, skipped = [], []
+    for question in chosen:
+        turns = range(len(question.turns))
+        lengths = [
+            bench.num_prompt_tokens(_messages(question.turns, [""] * t)) + t * bench.config.max_new_tokens for t in turns
+        ]
+        if max(lengths) < bench.lm.max_context:
+            fitting.append(question)
+        else:
+            skipped.append(f"question {question.question_id} ({max(lengths)} of {bench.lm.max_context} tokens)")
+    if not fitting:
+        raise ValueError(f"no question's prompts fit the model's context: {'; '.join(skipped)}")
+    return fitting, skipped
+
+
+def _batches(chosen: Sequence[Question], batch_size: int) -> list[list[Question]]:
+    """Neighbours with equally many turns, at most `batch_size` at a time."""
+    out: list[list[Question]] = []
+    for question in chosen:
+        if out and len(out[-1]) < batch_size and len(out[-1][0].turns) == len(question.turns):
+            out[-1].append(question)
+        else:
+            out.append([question])
+    return out
+
+
+def _fact_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
+    where = facts["environment"]
+    return [
+        f"{len(facts['questions']['question_ids'])} questions, at most {config.max_new_tokens} tokens a turn, batch size "
+        f"{config.batch_size}, {'exact' if config.exact else 'fast'} mode, seed {config.seed}; {where['device']} "
+        f"({where['num_cpus']} CPU cores), jax {where['jax']}.",
+        "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
+    ]
+
+
+def define_flags() -> None:
+    """Defines the flags; a function, so that tests can import several programs."""
+    flags.DEFINE_string("model", None, "Model folder or hub name in Hugging Face format; by default the embedded model.")
+    flags.DEFINE_string("questions", str(questions.EMBEDDED), "Question file in Spec-Bench's format.")
+    flags.DEFINE_string(
+        "methods", DEFAULT_METHODS, "Comma list; options as in hd:window=0:order=cm. Plain decoding always runs."
+    )
+    flags.DEFINE_list("tasks", list(questions.TASKS), "Comma list of tasks.")
+    flags.DEFINE_integer("limit", None, "Questions of each task, the first ones; by default all.", lower_bound=1)
+    flags.DEFINE_integer("num_nodes", None, "Nodes of a tree, the root included, for methods with this option.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+    flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters, activations and cache; by default the model's.")
+    flags.DEFINE_integer("seed", 0, "Keys the noise of sampling, with the question's place in its file.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 1, "Questions decoded together.", lower_bound=1)
+    flags.DEFINE_bool("exact", False, "Exact mode: slower, and no difference is explained.")
+    flags.DEFINE_string("resume", None, "Folder of a run to go on with, by its own config.")
+    flags.DEFINE_string("output_dir", None, "Folder for the results; by default results/<date-time>.")
+
+
+def _given_config() -> RunConfig:
+    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(RunConfig)}
+    if values["model"] and pathlib.Path(values["model"]).exists():
+        values["model"] = os.path.abspath(values["model"])
+    if not math.isfinite(values["temperature"]):
+        raise ValueError(f"--temperature={values['temperature']}: a finite number is needed")
+    values["questions"] = os.path.abspath(values["questions"])
+    values["methods"], values["tasks"] = run_config.parse_methods(values["methods"]), tuple(values["tasks"])
+    return RunConfig(**values)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    values = flags.FLAGS
+    config = _given_config()
+    if values.resume:
+        folder = pathlib.Path(values.resume)
+        if values.output_dir and pathlib.Path(values.output_dir).absolute() != folder.absolute():
+            raise ValueError(f"--output_dir={values.output_dir} and --resume={folder}: a run stays in its folder")
+        given = [field.name for field in dataclasses.fields(RunConfig) if values[field.name].present]
+        config = run_config.resumed(folder, config, given)
+    else:
+        folder = pathlib.Path(values.output_dir or f"results/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+        if (folder / CONFIG_FILE).exists():
+            raise ValueError(f"{folder} holds a run: go on with --resume={folder}, or give another --output_dir")
+    try:
+        print(run(config, folder, Library.default()))
+        print(f"Written to {folder}")
+    except UnexplainedDifference as error:
+        print(f"error: {error}; the answers are in {folder}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if (folder / CONFIG_FILE).exists():
+            command = f"python -m experiments.specbench --resume={shlex.quote(str(folder))}"
+            print(f"\nStopped; what is done is kept. Go on with: {command}", file=sys.stderr)
+        else:
+            print("\nStopped before the first answer.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.run(main)

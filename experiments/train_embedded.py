@@ -1,0 +1,450 @@
+r"""Trains the embedded chat model from scratch and exports it in Hugging Face format.
+
+    python -m experiments.train_embedded --data DIR --output_dir DIR
+
+DIR holds one .jsonl.gz file a task: {"task", "source", "turns": [{"role", "content"}]} or {"task", "source", "text"}, and
+validation.jsonl.gz. The loss falls on the assistant's turns (and on all of a plain text); records are packed into
+sequences of --sequence_length tokens that do not see each other. Products run with bfloat16 operands and float32 sums.
+A killed run goes on from its last checkpoint when started again with the same --output_dir. --num_steps may be changed
+between starts: the cosine schedule is a function of step / num_steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tokenizers
+import tqdm
+from absl import flags, logging
+
+from experiments import program
+from hd_jax.models import llama, weights
+from hd_jax.models.config import ModelConfig
+
+_DATA = flags.DEFINE_string("data", None, "Folder with the training files.", required=True)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the tokenizer, checkpoints and the export.", required=True)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Entries of the byte-level BPE tokenizer.", lower_bound=512)
+_HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 256, "Model width.")
+_INTERMEDIATE_SIZE = flags.DEFINE_integer("intermediate_size", 768, "Width of the feed-forward layers.")
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", 6, "Layers.")
+_NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Query heads.")
+_NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 2, "Key/value heads.")
+_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens a sequence; longer records are left out.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 24, "Sequences a step.")
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 2000, "Steps in all.", lower_bound=1)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Peak rate of Muon (matrices).")
+_ADAM_LEARNING_RATE = flags.DEFINE_float("adam_learning_rate", 4e-3, "Peak rate of Adam (embeddings and norms).")
+_SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights and of the order of the data.")
+
+BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content']"
+    " + eos_token }}{% else %}{{ '<|user|>' + message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# How often a record of a source is used in one pass over the data (fractions: that share of its records). Short
+# instructions and answers would otherwise drown in task dialogues, command-line pages and trivia. A source that is
+# not named counts once. The T0 slices are left out: their licences are not stated at the source.
+SOURCE_WEIGHTS = {
+    "yizhongw/self-instruct T0": 0.0,
+    "google-research-datasets/dstc8": 0.25,
+    "google-research-datasets/Taskmaster": 0.5,
+    "alexa/Topical-Chat": 0.7,
+    "teknium1/GPTeacher": 2.0,
+    "LAION-AI/Open-Assistant": 2.0,
+    "yizhongw/self-instruct data": 2.0,
+    "tldr-pages": 0.25,
+    "openai/grade-school-math": 2.0,
+    "Yale-LILY/FeTaQA": 2.0,
+    "IBM/mt-rag": 2.0,
+    "deepset-ai/COVID-QA": 2.0,
+    "pubmedqa": 2.0,
+    "primeqa/clapnq": 2.0,
+    "allenai/scitldr": 2.0,
+    "lauramanor": 2.0,
+    "Yale-LILY/QMSum": 2.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    task: str
+    source: str
+    tokens: np.ndarray  # int32[n]
+    is_target: np.ndarray  # bool[n], true where the token is to be predicted
+
+
+def source_weight(source: str) -> float:
+    return next((weight for prefix, weight in SOURCE_WEIGHTS.items() if source.startswith(prefix)), 1.0)
+
+
+def read_records(path: pathlib.Path) -> Iterator[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def training_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    files = sorted(p for p in folder.glob("*.jsonl.gz") if not p.name.startswith("validation"))
+    if not files:
+        raise ValueError(f"no .jsonl.gz files in {folder}")
+    return files
+
+
+def train_tokenizer(folder: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE with a BOS, trained on every fourth record of the mix."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, USER, ASSISTANT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def texts() -> Iterator[str]:
+        for path in training_files(folder):
+            for index, record in enumerate(read_records(path)):
+                if index % 4 == 0 and source_weight(record["source"]) > 0:
+                    yield record["text"] if "text" in record else "\n".join(t["content"] for t in record["turns"])
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    return tokenizer
+
+
+def encode(record: dict, tokenizer: tokenizers.Tokenizer) -> Record:
+    """Tokens of a record in the chat template's form, with a mark on those that the loss falls on."""
+    ids = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    bos, eos, user, assistant = (tokenizer.token_to_id(name) for name in (BOS, EOS, USER, ASSISTANT))
+    tokens, marks = [bos], [False]
+    if "text" in record:
+        tokens += [*ids(record["text"]), eos]
+        marks += [True] * (len(tokens) - 1)
+    else:
+        for turn in record["turns"]:
+            is_answer = turn["role"] == "assistant"
+            piece = [assistant, *ids(turn["content"]), eos] if is_answer else [user, *ids(turn["content"])]
+            tokens += piece
+            marks += [is_answer] * len(piece)
+            if is_answer:
+                marks[-len(piece)] = False  # The role token comes from the template.
+    return Record(record["task"], record["source"], np.asarray(tokens, np.int32), np.asarray(marks))
+
+
+def load_split(paths: Sequence[pathlib.Path], tokenizer: tokenizers.Tokenizer, sequence_length: int) -> list[Record]:
+    """The records that fit a sequence; plain texts are cut into pieces, and dialogues are cut at the end of a turn."""
+    out = []
+    for path in tqdm.tqdm(paths, desc="tokenizing", unit="file"):
+        for raw in read_records(path):
+            if source_weight(raw["source"]) == 0:
+                continue
+            record = encode(raw, tokenizer)
+            if "text" in raw:
+                for start in range(0, len(record.tokens), sequence_length):
+                    piece = slice(start, start + sequence_length)
+                    out.append(dataclasses.replace(record, tokens=record.tokens[piece], is_target=record.is_target[piece]))
+                continue
+            turns = list(raw["turns"])
+            while len(record.tokens) > sequence_length and len(turns) > 2:
+                turns = turns[:-2]
+                record = encode({**raw, "turns": turns}, tokenizer)
+            if len(record.tokens) <= sequence_length:
+                out.append(record)
+    return out
+
+
+def pack(records: Sequence[Record], sequence_length: int, rng: np.random.Generator) -> list[list[Record]]:
+    """One pass over the data in random order: records drawn by their source's weight, packed first-fit into sequences."""
+    chosen = []
+    for record in records:
+        weight = source_weight(record.source)
+        chosen += [record] * (int(weight) + (rng.random() < weight % 1))
+    order = rng.permutation(len(chosen))
+    bins: list[tuple[int, list[Record]]] = []
+    done = []
+    for index in order:
+        record = chosen[index]
+        for slot, (used, content) in enumerate(bins):
+            if used + len(record.tokens) <= sequence_length:
+                content.append(record)
+                bins[slot] = (used + len(record.tokens), content)
+                break
+        else:
+            bins.append((len(record.tokens), [record]))
+            if len(bins) > 48:
+                fullest = max(range(len(bins)), key=lambda i: bins[i][0])
+                done.append(bins.pop(fullest)[1])
+    done += [content for _, content in bins]
+    return [done[i] for i in rng.permutation(len(done))]
+
+
+def batches(records: Sequence[Record], batch_size: int, sequence_length: int, seed: int, start: int) -> Iterator[dict]:
+    """Batches from step `start` on; the same for the same seed, whatever the start."""
+    step, epoch = 0, 0
+    while True:
+        sequences = pack(records, sequence_length, np.random.default_rng((seed, epoch)))
+        for first in range(0, len(sequences) - batch_size + 1, batch_size):
+            if step >= start:
+                yield collate(sequences[first : first + batch_size], sequence_length)
+            step += 1
+        epoch += 1
+
+
+def collate(sequences: Sequence[Sequence[Record]], sequence_length: int) -> dict:
+    """tokens, segments, positions: int32[B, T]; where and what to predict: int32[M], weight 0 on padding."""
+    shape = (len(sequences), sequence_length)
+    tokens, segments, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+    where: list[np.ndarray] = []
+    for row, sequence in enumerate(sequences):
+        cursor = 0
+        for index, record in enumerate(sequence):
+            piece = slice(cursor, cursor + len(record.tokens))
+            tokens[row, piece], segments[row, piece] = record.tokens, index
+            positions[row, piece] = np.arange(len(record.tokens))
+            where.append(row * sequence_length + cursor + np.flatnonzero(record.is_target[1:]))
+            cursor += len(record.tokens)
+    found = np.concatenate(where)
+    num_targets = int(0.6 * tokens.size)  # One static shape: more are dropped, fewer are padded.
+    kept = np.zeros(num_targets, np.int32)
+    kept[: len(found)] = found[:num_targets]
+    weight = (np.arange(num_targets) < len(found)).astype(np.float32)
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "positions": positions,
+        "where": kept,
+        "targets": tokens.reshape(-1)[np.minimum(kept + 1, tokens.size - 1)],
+        "weight": weight,
+    }
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w^T` of [..., in] and [out, in]; operands bfloat16, sums float32."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(_half(x), _half(w), contract, preferred_element_type=jnp.float32)
+
+
+def _product_fwd(x, w):
+    return _product(x, w), (x, w)
+
+
+def _product_bwd(residuals, g):
+    x, w = residuals
+    dx = jax.lax.dot_general(_half(g), _half(w), (((g.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    # Sums over all tokens: in float32, which is also the faster form of this product on XLA CPU.
+    dw = jax.lax.dot_general(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]), (((0,), (0,)), ((), ())))
+    return dx, dw
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _half(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16)
+
+
+def training_dot_general(x, w, contract, preferred_element_type=None):
+    """The model's product with bfloat16 operands, forwards and backwards: several times faster on CPUs with matrix units."""
+    del contract, preferred_element_type
+    return _product(x, w)
+
+
+_QUERY_BLOCK = 128
+
+
+def _batched(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    contract = (((axis_a,), (axis_b,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention over [heads, T, D] with bool[heads, T, T] below the diagonal, a block of queries at a time: a block reads
+    only the keys before its end, which skips near half of the work that a full square does."""
+    return _causal_attention_fwd(q, k, v, mask)[0]
+
+
+def _causal_attention_fwd(q, k, v, mask):
+    q, k, v = _half(q), _half(k), _half(v)
+    outs, probabilities = [], []
+    for start in range(0, q.shape[1], _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, q.shape[1])
+        scores = jnp.where(mask[:, start:end, :end], _batched(q[:, start:end], k[:, :end], 2, 2), -1e30)
+        p = _half(jax.nn.softmax(scores, axis=-1))
+        outs.append(_batched(p, v[:, :end], 2, 1))
+        probabilities.append(p)
+    out = jnp.concatenate(outs, axis=1)
+    return out, (q, k, v, out, probabilities)
+
+
+def _causal_attention_bwd(residuals, g):
+    q, k, v, out, probabilities = residuals
+    delta = jnp.sum(g * out, axis=-1, keepdims=True)
+    g = _half(g)
+    dq, dk, dv = [], jnp.zeros(g.shape, jnp.float32), jnp.zeros(g.shape, jnp.float32)
+    for block, start in enumerate(range(0, g.shape[1], _QUERY_BLOCK)):
+        end = min(start + _QUERY_BLOCK, g.shape[1])
+        p = probabilities[block]
+        ds = _half(p * (_batched(g[:, start:end], v[:, :end], 2, 2) - delta[:, start:end]))
+        dq.append(_batched(ds, k[:, :end], 2, 1))
+        dk = dk.at[:, :end].add(_batched(jnp.swapaxes(ds, 1, 2), q[:, start:end], 2, 1))
+        dv = dv.at[:, :end].add(_batched(jnp.swapaxes(p, 1, 2), g[:, start:end], 2, 1))
+    return jnp.concatenate(dq, axis=1), dk, dv, None
+
+
+_causal_attention.defvjp(_causal_attention_fwd, _causal_attention_bwd)
+
+
+def training_attend(q, new, self_mask, cached, cache_lengths, accumulate_dtype):
+    """`llama.attend` without a cache, with bfloat16 operands and a backward pass of its own."""
+    del cached, cache_lengths, accumulate_dtype
+    num_rows, num_tokens, num_heads, head_dim = q.shape
+    heads_first = lambda x: x.reshape(num_rows * num_heads, num_tokens, head_dim)  # noqa: E731
+    repeat = lambda x: heads_first(jnp.repeat(x, num_heads // x.shape[1], axis=1))  # noqa: E731
+    q = heads_first(jnp.swapaxes(q * head_dim**-0.5, 1, 2))
+    out = _causal_attention(q, repeat(new[0]), repeat(new[1]), jnp.repeat(self_mask, num_heads, axis=0))
+    out = jnp.swapaxes(out.reshape(num_rows, num_heads, num_tokens, head_dim), 1, 2)
+    return out.reshape(num_rows, num_tokens, num_heads * head_dim)
+
+
+def loss_fn(params, model: llama.Llama, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy in nats a target token, and that of each target, float32[M]."""
+    segments = batch["segments"]
+    causal = jnp.tril(jnp.ones((segments.shape[1], segments.shape[1]), bool))
+    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    hidden, _ = model.apply({"params": params}, batch["tokens"], batch["positions"], mask, method="hidden")
+    hidden = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
+    logits = model.apply({"params": params}, hidden, method="head")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return jnp.sum(losses * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1), losses
+
+
+def make_optimizer(num_steps: int, learning_rate: float, adam_learning_rate: float) -> optax.GradientTransformation:
+    """Muon on the layers' matrices, Adam on the rest, one warm-up and cosine for both."""
+
+    def schedule(peak: float):
+        warmup = min(100, max(1, num_steps // 10))
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(num_steps, warmup + 1), peak * 0.02)
+
+    def dimensions(params):
+        def of(path, leaf):
+            is_matrix = leaf.ndim == 2 and any("layers" in str(key) for key in path)
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0) if is_matrix else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule(learning_rate),
+            weight_decay=0.01,
+            adam_learning_rate=schedule(adam_learning_rate),
+            adam_b2=0.98,
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )
+
+
+def validate(params, model: llama.Llama, records: Sequence[Record], batch_size: int, sequence_length: int) -> dict[str, float]:
+    """Mean cross-entropy in nats a token, by task and over all target tokens ("overall")."""
+    evaluate = jax.jit(loss_fn, static_argnums=1)
+    sums: dict[str, list[float]] = {}
+    for task in sorted({r.task for r in records}):
+        packed = pack([dataclasses.replace(r, source="") for r in records if r.task == task], sequence_length, np.random.default_rng(0))
+        for first in range(0, len(packed), batch_size):
+            rows = list(packed[first : first + batch_size])
+            batch = collate(rows + [[]] * (batch_size - len(rows)), sequence_length)
+            _, losses = evaluate(params, model, batch)
+            total = sums.setdefault(task, [0.0, 0.0])
+            total[0] += float(np.sum(np.asarray(losses) * batch["weight"]))
+            total[1] += float(np.sum(batch["weight"]))
+    out = {task: loss / count for task, (loss, count) in sums.items()}
+    out["overall"] = sum(s[0] for s in sums.values()) / sum(s[1] for s in sums.values())
+    return out
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    data, output = pathlib.Path(_DATA.value), pathlib.Path(_OUTPUT_DIR.value).absolute()
+    training_files(data)
+    export = output / "export"
+    export.mkdir(parents=True, exist_ok=True)
+    tokenizer_file = export / "tokenizer.json"
+    if not tokenizer_file.exists():
+        logging.info("training the tokenizer")
+        train_tokenizer(data, _VOCAB_SIZE.value).save(str(tokenizer_file))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=_HIDDEN_SIZE.value,
+        intermediate_size=_INTERMEDIATE_SIZE.value,
+        num_layers=_NUM_LAYERS.value,
+        num_heads=_NUM_HEADS.value,
+        num_kv_heads=_NUM_KV_HEADS.value,
+        head_dim=_HIDDEN_SIZE.value // _NUM_HEADS.value,
+        max_context=2048,
+        rms_norm_eps=1e-5,
+        is_head_tied=True,
+    )
+    model = llama.Llama(config, training_dot_general, training_attend)
+    length, batch_size, num_steps = _SEQUENCE_LENGTH.value, _BATCH_SIZE.value, _NUM_STEPS.value
+    train = load_split(training_files(data), tokenizer, length)
+    validation = load_split([data / "validation.jsonl.gz"], tokenizer, length)
+    logging.info("%d training records, %d validation records", len(train), len(validation))
+
+    optimizer = make_optimizer(num_steps, _LEARNING_RATE.value, _ADAM_LEARNING_RATE.value)
+    ones = jnp.zeros((1, 1), jnp.int32)
+    params = model.init(jax.random.key(_SEED.value), ones, ones, jnp.ones((1, 1, 1), bool))["params"]
+    state = {"params": params, "optimizer": optimizer.init(params)}
+    logging.info("%d parameters", sum(leaf.size for leaf in jax.tree.leaves(params)))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, batch):
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], model, batch)
+        updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer_state}, loss
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(output / "checkpoints", options=options) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start:
+            state = checkpoints.restore(start, args=ocp.args.StandardRestore(state))
+            logging.info("going on from step %d", start)
+        source = batches(train, batch_size, length, _SEED.value, start)
+        progress = tqdm.tqdm(range(start, num_steps), initial=start, total=num_steps, unit="step")
+        for step in progress:
+            state, loss = train_step(state, next(source))
+            if step % 10 == 0:
+                rate = progress.format_dict["rate"] or 0.0
+                progress.set_postfix(loss=f"{float(loss):.3f}", tokens_per_s=f"{rate * batch_size * length:.0f}")
+            if (step + 1) % _SAVE_EVERY.value == 0 or step + 1 == num_steps:
+                checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
+
+    losses = validate(state["params"], model, validation, batch_size, length)
+    logging.info("validation loss, nats a token: %s", json.dumps(losses, indent=1))
+    weights.export_hf(export, config, state["params"], tokenizer, chat_template=CHAT_TEMPLATE, bos=BOS, eos=EOS)
+    recipe = {flag.name: flag.value for flag in flags.FLAGS.get_flags_for_module(__name__) if flag.name not in ("data", "output_dir")}
+    (output / "training.json").write_text(json.dumps({"recipe": recipe, "validation_loss": losses}, indent=2))
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,69 @@
+"""The databases that belong to one model: files in a folder, opened when a drafter first asks."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+from hd_jax.databases.continuation_table import ContinuationTable
+from hd_jax.databases.frequent_ngrams import FrequentNgrams
+from hd_jax.databases.ngram_trie import NgramTrie
+from hd_jax.databases.suffix_array import SuffixArray
+
+# File names; a statistics database is of either form.
+FILES = {"model": "model.safetensors", "statistics": "statistics.safetensors"}
+
+
+class Databases:
+    """D_m and D_s of a model.
+
+    Attributes:
+      folder: where the files are looked for; None for nowhere.
+      fingerprint: of the tokenizer whose ids the databases must hold.
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path | None = None,
+        fingerprint: str | None = None,
+        *,
+        model: FrequentNgrams | None = None,
+        statistics: NgramTrie | SuffixArray | None = None,
+    ):
+        self.folder = None if folder is None else pathlib.Path(folder)
+        self.fingerprint = fingerprint
+        self._given: dict[str, Any] = {"model": model, "statistics": statistics}
+
+    @functools.cached_property
+    def model(self) -> FrequentNgrams:
+        """D_m. Raises ValueError where there is none, or it was built with another tokenizer."""
+        return self._given["model"] or FrequentNgrams.open(self._path("model"), self.fingerprint)
+
+    @functools.cached_property
+    def statistics(self) -> NgramTrie | SuffixArray:
+        """D_s. Raises ValueError where there is none, or it was built with another tokenizer."""
+        return self._given["statistics"] or open_statistics(self._path("statistics"), self.fingerprint)
+
+    @functools.cache  # noqa: B019 - a collection lives as long as its model
+    def table(self, kind: str, **settings: Any) -> ContinuationTable:
+        """The device form of the "model" or "statistics" database; made once for the same settings."""
+        return getattr(self, kind).to_table(**settings)
+
+    def _path(self, kind: str) -> pathlib.Path:
+        path = None if self.folder is None else self.folder / FILES[kind]
+        if path is None or not path.is_file():
+            where = "no folder of databases was given" if path is None else f"{path} does not exist"
+            raise ValueError(f"the {kind} database is missing: {where}; python -m experiments.build_databases builds one")
+        return path
+
+
+def open_statistics(path: pathlib.Path, fingerprint: str | None) -> NgramTrie | SuffixArray:
+    """Opens a statistics database of either form, by what its header says."""
+    from hd_jax.databases import files
+
+    opener = {"ngram_trie": NgramTrie, "suffix_array": SuffixArray}
+    kind = files.kind_of(path)
+    if kind not in opener:
+        raise ValueError(f"{path} holds {kind}, not a statistics database ({', '.join(opener)})")
+    return opener[kind].open(path, fingerprint)

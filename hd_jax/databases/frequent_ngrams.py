@@ -1,0 +1,73 @@
+"""The most frequent n-grams of a model's own answers: the model-dependent database D_m of HD.
+
+Hierarchy Drafting (Cho et al., NAACL Findings 2025, arXiv 2502.05609), section 3.2: what a model has said, it says again. The
+key of an n-gram is its first token, the rest is a draft.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from hd_jax.databases import continuation_table, files
+from hd_jax.databases.continuation_table import ContinuationTable
+from hd_jax.databases.ngram_trie import NgramTrie
+
+KIND = "frequent_ngrams"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrequentNgrams:
+    """The most frequent first, ties in ascending order."""
+
+    ngrams: np.ndarray  # int32[M, n]
+    counts: np.ndarray  # int32[M]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.ngrams.nbytes + self.counts.nbytes
+
+    @staticmethod
+    def build(
+        documents: Sequence[np.ndarray], n: int = 5, max_ngrams: int = 100_000, max_bytes: int | None = None
+    ) -> FrequentNgrams:
+        """Counts all n-grams of all documents and keeps the most frequent.
+
+        Args:
+          documents: int32[n_d] each, the model's answers.
+          n: of the n-grams, at least 2.
+          max_ngrams: to keep.
+          max_bytes: of the database.
+
+        Raises:
+          ValueError: n is less than 2, or a bound is negative.
+        """
+        if n < 2 or max_ngrams < 0 or (max_bytes or 0) < 0:
+            raise ValueError(f"need n >= 2 and bounds of at least 0, not n {n}, {max_ngrams} n-grams, {max_bytes} bytes")
+        ngrams, counts = NgramTrie.build(documents, max_order=n, min_documents=1).ngrams(n)
+        if max_bytes is not None:
+            max_ngrams = min(max_ngrams, max_bytes // (4 * (n + 1)))
+        kept = np.argsort(-counts, kind="stable")[:max_ngrams]
+        return FrequentNgrams(ngrams[kept], counts[kept])
+
+    def to_table(self, max_entries: int = 7, max_bytes: int | None = None) -> ContinuationTable:
+        """The device form, keyed by the first token; see `continuation_table.build`."""
+        keys, continuations = self.ngrams[:, :1], self.ngrams[:, 1:]
+        lengths = np.full(len(keys), continuations.shape[1], np.int32)
+        return continuation_table.build(
+            keys, continuations, lengths, self.counts, max_entries=max_entries, max_bytes=max_bytes
+        )
+
+    def save(self, path: str | os.PathLike[str], *, fingerprint: str, settings: dict | None = None) -> None:
+        """Writes the database; `settings` is whatever describes the answers."""
+        settings = {**(settings or {}), "n": self.ngrams.shape[1]}
+        arrays = {"ngrams": self.ngrams, "counts": self.counts}
+        files.save(path, KIND, fingerprint=fingerprint, settings=settings, counts={"ngrams": len(self.counts)}, arrays=arrays)
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], *, fingerprint: str, verify: bool = False) -> FrequentNgrams:
+        """Maps a database; see `files.open`."""
+        return FrequentNgrams(**files.open(path, KIND, fingerprint=fingerprint, verify=verify).arrays)

@@ -1,0 +1,280 @@
+"""The door for notebooks: load a model, generate, stream, keep a session.
+
+from hd_jax import decode
+
+lm = decode.load()
+out = decode.generate(lm, "Why is the sky blue?", drafter="hd", max_new_tokens=256)
+out.text, out.tokens_per_step, out.sources
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hd_jax import draft_tree, drafters, runner
+from hd_jax.databases.collection import Databases
+from hd_jax.drafters.base import Context, Drafter, Feedback
+from hd_jax.models import tokenizer as tokenizers
+from hd_jax.models import weights
+from hd_jax.models.llama import Llama
+from hd_jax.result import Result
+from hd_jax.runner import LM, Options, Row
+from hd_jax.session import Session
+
+__all__ = ["LM", "Piece", "Result", "Session", "generate", "load", "make_drafter", "measure_draft_us", "stream"]
+
+EMBEDDED = pathlib.Path(__file__).parent / "assets" / "embedded"
+DATABASES = "databases"  # folder of a model's databases, inside the model's own
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int]  # text, chat messages, or token ids
+
+
+class Piece(NamedTuple):
+    """A part of a streamed text."""
+
+    text: str
+    tokens: list[int]
+
+
+def load(name: str | os.PathLike | None = None, *, dtype: str | None = None, max_context: int | None = None) -> LM:
+    """Loads a model.
+
+    The first load in a process turns JAX's persistent compilation cache on, in `~/.cache/hd_jax` (or in
+    JAX_COMPILATION_CACHE_DIR), unless one is set already.
+
+    Args:
+      name: a folder in Hugging Face format or converted by `experiments.convert`, or a name on the hub; None for the
+        embedded model.
+      dtype: "float32" or "bfloat16", of parameters and cache; by default the folder's, but float32 on CPU.
+      max_context: tokens of prompt and answer together; at most, and by default, what the model's config allows.
+
+    Raises:
+      ValueError: there is no such model, or it is not one that can be run; the message says what would be.
+    """
+    _enable_compilation_cache()
+    folder = weights.resolve(str(name)) if name is not None else EMBEDDED
+    config, params = weights.load(folder, dtype)
+    tokenizer = tokenizers.load(folder)
+    if max_context is not None and not 1 < max_context <= config.max_context:
+        raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")
+    if config.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return LM(config, Llama(config), params, tokenizer, str(folder), max_context or config.max_context)
+
+
+def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike | None = None, **options: Any) -> Drafter:
+    """A drafter for a model.
+
+    Args:
+      lm: whose databases are used, those in the folder `databases` of its own folder.
+      name: one of `hd_jax.drafters.MAKERS`.
+      databases: others than the model's: a collection, or a folder.
+      **options: of the method, `num_nodes` among them.
+
+    Raises:
+      ValueError: no such method or option, an option out of range, or a database that is missing or is not for this model.
+    """
+    if not isinstance(databases, Databases):
+        folder = pathlib.Path(lm.folder) / DATABASES if databases is None else databases
+        databases = Databases(folder, lm.tokenizer.fingerprint)
+    return drafters.make(name, databases, options)
+
+
+def generate(
+    lm: LM,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    drafter: str | Drafter | None = None,
+    num_nodes: int | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    num_samples: int = 1,
+    stop: str | Sequence[str] = (),
+    logprobs: int = 0,
+    loop: str = "device",
+    exact: bool = False,
+) -> Any:
+    """Generates text; the same tokens with every drafter.
+
+    Args:
+      lm: the model.
+      prompt: a text (a user's message where the tokenizer has a chat template), chat messages or token ids; or a list
+        of such prompts, which are decoded as one batch.
+      drafter: a method's name, a Drafter, or None for plain decoding.
+      num_nodes: size of the drafted trees, the root included, for a drafter given by name; None for the method's own.
+      max_new_tokens: ends with finish reason "length".
+      temperature: 0 takes the likeliest token; above, tokens are drawn.
+      top_k: draw among the k likeliest; 0 for all.
+      top_p: then among the likeliest that together reach this probability.
+      seed: of the noise; one for all prompts, or one each.
+      num_samples: texts per prompt, each with noise of its own.
+      stop: strings that end a text, which is cut before them.
+      logprobs: how many of the likeliest tokens to report the log-probabilities of, per generated token.
+      loop: "device" runs many steps a dispatch, "host" one.
+      exact: the slower mode in which equality is bit for bit.
+
+    Returns:
+      A Result; a list of `num_samples` for num_samples > 1; a list of these for a list of prompts.
+
+    Raises:
+      ValueError: an argument is out of range, or a prompt cannot be used.
+    """
+    options = Options(max_new_tokens, temperature, top_k, top_p, _strings(stop), logprobs, loop, exact)
+    chosen = _choose(lm, drafter, num_nodes)
+    is_batch = _is_batch(prompt)
+    prompts = [encode_prompt(lm, p) for p in (prompt if is_batch else [prompt])]
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
+    if not prompts:
+        return []
+    rows = [Row(p, s % 2**32, i) for p, s in zip(prompts, seeds, strict=True) for i in range(num_samples)]
+    results: list[Result] = []
+    for out in runner.run(lm, chosen, rows, options):
+        if isinstance(out, list):
+            results = out
+    grouped = [results[i : i + num_samples] for i in range(0, len(results), num_samples)]
+    unwrapped = [group if num_samples > 1 else group[0] for group in grouped]
+    return unwrapped if is_batch else unwrapped[0]
+
+
+def stream(
+    lm: LM,
+    prompt: Prompt,
+    *,
+    drafter: str | Drafter | None = None,
+    num_nodes: int | None = None,
+    seed: int = 0,
+    steps_per_piece: int = 4,
+    stop: str | Sequence[str] = (),
+    **options: Any,
+) -> Iterator[Piece]:
+    """Generates text piece by piece; the pieces' texts and tokens add up to those of `generate`.
+
+    Args:
+      lm, prompt, drafter, num_nodes, seed, stop, **options: as for `generate`.
+      steps_per_piece: steps of decoding between two pieces.
+
+    Yields:
+      The text and tokens that came since the last piece. A character whose bytes are not complete is held back, and so
+      is what may become a stop string.
+
+    Raises:
+      ValueError: as `generate` does, when the first piece is asked for.
+    """
+    chosen = _choose(lm, drafter, num_nodes)
+    strings = _strings(stop)
+    row = Row(encode_prompt(lm, prompt), seed % 2**32)
+    held = max((len(s) for s in strings), default=1) - 1
+    text, num_tokens = "", 0
+    for out in runner.run(lm, chosen, [row], Options(stop=strings, **options), sync_every=steps_per_piece):
+        if isinstance(out, list):
+            final = out[0]
+            if len(final.text) > len(text) or len(final.tokens) > num_tokens:
+                yield Piece(final.text[len(text) :], final.tokens[num_tokens:])
+        elif not out.is_finished[0]:
+            tokens = out.tokens[0]
+            whole = lm.tokenizer.decode(tokens).rstrip("\ufffd")
+            whole = whole[: max(len(whole) - held, len(text))]
+            yield Piece(whole[len(text) :], tokens[num_tokens:])
+            text, num_tokens = whole, len(tokens)
+
+
+def encode_prompt(lm: LM, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+      ValueError: it is of no known kind, empty, too long, or holds ids outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty; it needs at least one character")
+        is_chat = lm.tokenizer.has_chat_template
+        ids = lm.tokenizer.chat([{"role": "user", "content": prompt}]) if is_chat else lm.tokenizer.encode(prompt)
+    elif _is_chat(prompt):
+        ids = lm.tokenizer.chat(prompt)
+    elif isinstance(prompt, Sequence | np.ndarray) and all(isinstance(t, int | np.integer) for t in prompt):
+        ids = prompt
+    else:
+        raise ValueError("a prompt is a string, a list of {'role', 'content'} messages, or a list of token ids")
+    return runner.check_prompt(lm, ids)
+
+
+def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeats: int = 5) -> float:
+    """Median microseconds that one step's `draft` and `update` take on this device, after a text of token ids.
+
+    They run as they do within the device loop, many in one program; the model does not run. Nothing is accepted.
+    """
+    tokens = runner.check_prompt(lm, tokens)
+    slots = runner.num_slots(len(tokens))
+    buffer = jnp.asarray(np.pad(np.asarray(tokens, np.int32), (0, slots - len(tokens))))
+    context = Context(buffer, jnp.int32(len(tokens)), jnp.int32(len(tokens)))
+    host = jax.tree.map(jnp.asarray, drafter.refresh(Context(*map(np.asarray, context[:3])))) if drafter.refresh else ()
+    num_iterations = 50
+
+    @jax.jit
+    def iterate(drafter: Drafter, context: Context, host: Any):
+        def body(_, state):
+            tree = drafter.draft(drafter.tables, state, context._replace(host=host))
+            top = (drafter.num_nodes, drafter.num_top_logits)
+            path = jnp.full(drafter.max_depth + 1, draft_tree.NO_NODE).at[0].set(draft_tree.ROOT_INDEX)
+            feedback = Feedback(
+                tree, tree.tokens, tree.tokens, jnp.zeros(top, jnp.int32), jnp.zeros(top), path, jnp.int32(1)
+            )
+            return drafter.update(drafter.tables, state, context, feedback)
+
+        start = drafter.init(drafter.tables, context)
+        # The trees are part of the result, so that drafting is not optimised away.
+        last = jax.lax.fori_loop(0, num_iterations, body, start)
+        return last, drafter.draft(drafter.tables, last, context._replace(host=host))
+
+    jax.block_until_ready(iterate(drafter, context, host))
+    times = []
+    for _ in range(num_repeats):
+        clock = time.perf_counter()
+        jax.block_until_ready(iterate(drafter, context, host))
+        times.append((time.perf_counter() - clock) * 1e6 / num_iterations)
+    return float(np.median(times))
+
+
+def _choose(lm: LM, drafter: str | Drafter | None, num_nodes: int | None) -> Drafter:
+    if isinstance(drafter, Drafter):
+        if num_nodes not in (None, drafter.num_nodes):
+            raise ValueError(f"num_nodes {num_nodes} was given with a drafter that has {drafter.num_nodes}; set it where it is made")
+        return drafter
+    options = {} if num_nodes is None else {"num_nodes": num_nodes}
+    return make_drafter(lm, drafter or "none", **options)
+
+
+def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+
+
+def _is_batch(prompt: Any) -> bool:
+    if isinstance(prompt, str) or _is_chat(prompt) or isinstance(prompt, np.ndarray):
+        return False
+    return len(prompt) > 0 and not any(isinstance(item, int | np.integer) for item in prompt)
+
+
+def _enable_compilation_cache() -> None:
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "hd_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,36 @@
+"""The drafting methods by name. To add one: write its file, and name its maker here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hd_jax.databases.collection import Databases
+from hd_jax.drafters.base import Drafter
+from hd_jax.drafters.hd import hd
+from hd_jax.drafters.none import none
+from hd_jax.drafters.pld import pld
+
+# Makers take their options by keyword. One that has a parameter `databases` is given those of the model.
+MAKERS: dict[str, Callable[..., Drafter]] = {"none": none, "pld": pld, "hd": hd}
+
+
+def make(name: str, databases: Databases, options: dict[str, Any]) -> Drafter:
+    """A drafter by its method's name.
+
+    Raises:
+      ValueError: no such method, or no such option; the message lists those there are.
+    """
+    if name not in MAKERS:
+        raise ValueError(f"unknown drafter {name!r}; there are: {', '.join(MAKERS)}")
+    known = set(inspect.signature(MAKERS[name]).parameters) - {"databases"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"drafter {name} has no option {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
+    if "databases" in inspect.signature(MAKERS[name]).parameters:
+        options = {"databases": databases, **options}
+    try:
+        return MAKERS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"drafter {name}: {error}") from error

@@ -1,0 +1,111 @@
+"""What a drafter is: `(init, draft, update)`, pure functions over pytrees.
+
+A drafter is written for one row; the loop maps it over a batch. The smallest useful one repeats what followed the last
+occurrence of the newest token:
+
+    import functools
+    import jax.numpy as jnp
+    from hd_jax import draft_tree
+    from hd_jax.drafters.base import Drafter
+
+    @functools.lru_cache  # the same options give the same functions, so nothing is compiled twice
+    def echo(num_tokens: int = 4) -> Drafter:
+        def draft(tables, state, context):
+            del tables, state
+            slots = jnp.arange(context.tokens.shape[0])
+            is_hit = (context.tokens == context.root) & (slots < context.length - 1)
+            start = jnp.max(jnp.where(is_hit, slots, -1)) + 1  # 0: no occurrence
+            window = context.tokens[(start + jnp.arange(num_tokens)) % slots.size]
+            length = jnp.where(start > 0, jnp.minimum(num_tokens, context.length - start), 0)
+            return draft_tree.from_chain(context.root, window, length)
+
+        return Drafter("echo", num_nodes=num_tokens + 1, max_depth=num_tokens, source_names=("context",), draft=draft)
+
+    decode.generate(lm, prompt, drafter=echo(num_tokens=6))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+from hd_jax.draft_tree import DraftTree
+
+State = Any  # one row's pytree of fixed shapes
+Tables = Any  # a pytree of read-only arrays, one for all rows
+
+
+class Context(NamedTuple):
+    """One row's committed text, as a drafter sees it."""
+
+    tokens: jax.Array  # int32[S]; whatever stands at `length` and beyond has no meaning
+    length: jax.Array  # int32[], prompt included; the root is tokens[length - 1]
+    prompt_length: jax.Array  # int32[]
+    host: Any = ()  # what `Drafter.refresh` last returned for this row; only `draft` sees it
+
+    @property
+    def root(self) -> jax.Array:
+        """int32[]: the newest committed token, node 0 of the next tree."""
+        return self.tokens[self.length - 1]
+
+
+class Feedback(NamedTuple):
+    """What one step told a row. The context that comes with it is the one after the step."""
+
+    tree: DraftTree  # that was verified
+    targets: jax.Array  # int32[N], the token drawn after every node
+    argmax: jax.Array  # int32[N], the likeliest token after every node; equal to targets when decoding is greedy
+    top_tokens: jax.Array  # int32[N, k], k = Drafter.num_top_logits, best first
+    top_logits: jax.Array  # float32[N, k], before temperature
+    path: jax.Array  # int32[P], accepted nodes by depth, root first, then NO_NODE
+    num_appended: jax.Array  # int32[], tokens the step appended; 0 for a row that had ended before
+
+
+def _no_state(tables: Tables, context: Context) -> State:
+    del tables, context
+    return ()
+
+
+def _keep(tables: Tables, state: State, context: Context, feedback: Feedback) -> State:
+    del tables, context, feedback
+    return state
+
+
+@flax.struct.dataclass
+class Drafter:
+    """A drafting method with its databases.
+
+    Attributes:
+      name: of the method.
+      num_nodes: N, the size of every tree it drafts, the root included.
+      max_depth: static bound of the trees' depth.
+      source_names: what the trees' `sources` index, at least one.
+      draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`.
+      init: (tables, context) -> state, when a request starts; the context is the prompt.
+      update: (tables, state, context, feedback) -> state, after every step.
+      renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last
+        request; None for a method that keeps nothing.
+      refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each dispatch of steps;
+        `draft` finds the result in `context.host`. For databases that are too large for the device. With `loop="host"` a
+        dispatch is one step, so that any Python can draft: return the tree here, and hand it on in `draft`. None for a
+        method that needs no host.
+      num_top_logits: k of the feedback's top logits; 0 for none.
+      tables: read-only arrays for the device.
+
+    The functions are static under jit: make them once for the same options, as with `functools.lru_cache`.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+    num_nodes: int = flax.struct.field(pytree_node=False)
+    max_depth: int = flax.struct.field(pytree_node=False)
+    source_names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    draft: Callable[[Tables, State, Context], DraftTree] = flax.struct.field(pytree_node=False)
+    init: Callable[[Tables, Context], State] = flax.struct.field(pytree_node=False, default=_no_state)
+    update: Callable[[Tables, State, Context, Feedback], State] = flax.struct.field(pytree_node=False, default=_keep)
+    renew: Callable[[Tables, State, Context], State] | None = flax.struct.field(pytree_node=False, default=None)
+    refresh: Callable[[Context], Any] | None = flax.struct.field(pytree_node=False, default=None)
+    num_top_logits: int = flax.struct.field(pytree_node=False, default=0)
+    tables: Tables = ()

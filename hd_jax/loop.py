@@ -1,0 +1,284 @@
+"""Prefill, the decoding step, and the `lax.while_loop` around it. There is one step; plain decoding is its tree of one node.
+
+A worked step, with the text "a b c" committed, the root c at position 2, and nothing else of c in the cache:
+
+    cache slots  [a b . . . .]                    length 3, cached 2
+    tree         c -> d -> e , c -> x             N = 4 nodes, drafted from the text
+    model        one pass: logits and 4 new rows of keys and values; the cache is only read
+    targets      after c: d    after d: e    after e: f    after x: ?
+    path         c d e                            2 drafts accepted
+    appended     d e f                            the targets along the path; f is the bonus
+    cache slots  [a b c d e .]                    the path's rows, written once, next to each other; length 6, cached 5
+
+The root of the next step is f. The prompt's last token is the root of the first step: so prefill needs no logits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hd_jax import draft_tree, sampling, verify
+from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, UNUSED
+from hd_jax.drafters.base import Context, Drafter, Feedback
+from hd_jax.models.llama import Cache, Llama
+from hd_jax.sampling import Sampling, SamplingMode
+
+MAX_STOP_TOKENS = 8  # places for token ids that end a text
+
+
+class StepSettings(NamedTuple):
+    """Static settings of a compiled step."""
+
+    mode: SamplingMode = SamplingMode()
+    num_logprobs: int = 0  # of the likeliest tokens, kept for every appended token
+    is_exact: bool = False  # attention sums in float64, and nothing fused across the model's edge
+    width: int = 0  # exact mode: nodes of every pass, whatever the drafter's own number; 0 for the drafter's
+
+
+class Request(NamedTuple):
+    """What a batch of rows asks for; does not change while decoding."""
+
+    sampling: Sampling
+    prompt_lengths: jax.Array  # int32[B]
+    limits: jax.Array  # int32[B], the length at which a row ends: prompt + max_new_tokens, or the cache's end
+    stop_tokens: jax.Array  # int32[B, MAX_STOP_TOKENS], then NO_TOKEN
+
+
+class Logprobs(NamedTuple):
+    """Of every committed token that was generated, under temperature 1 and no limits."""
+
+    chosen: jax.Array  # float32[B, S]
+    top: jax.Array  # float32[B, S, num_logprobs], best first
+    top_tokens: jax.Array  # int32[B, S, num_logprobs]
+
+
+class State(NamedTuple):
+    """All that a step reads and writes."""
+
+    cache: Cache  # [B, K, S, D] a layer
+    tokens: jax.Array  # int32[B, S], committed up to `lengths`
+    lengths: jax.Array  # int32[B], the root included
+    is_finished: jax.Array  # bool[B]
+    sources: jax.Array  # int8[B, S], of every generated token; NO_SOURCE for what the model added
+    drafter: Any  # the drafter's state, with a leading axis B
+    counts: jax.Array  # int32[B, 2, sources, max_depth + 1], nodes proposed and accepted, by source and depth
+    logprobs: Logprobs | None
+
+
+class Record(NamedTuple):
+    """What the steps of one dispatch did; a place that no step reached holds 0."""
+
+    num_appended: jax.Array  # int32[B, sync_every], the bonus included
+    num_nodes: jax.Array  # int32[B, sync_every], verified, the root not included
+
+
+def write_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
+    """Writes [B, K, T, D] rows at each row's slot: int32[B]. The caller keeps T slots free behind it: writes are clamped."""
+
+    def write(array: jax.Array, new: jax.Array) -> jax.Array:
+        if array.shape[0] == 1:
+            return jax.lax.dynamic_update_slice(array, new, (0, 0, slots[0], 0))
+        one = lambda a, n, slot: jax.lax.dynamic_update_slice(a, n, (0, slot, 0))  # noqa: E731
+        return jax.vmap(one)(array, new, slots)
+
+    return tuple((write(k, nk), write(v, nv)) for (k, v), (nk, nv) in zip(cache, rows, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk_size"), donate_argnames="cache")
+def prefill(
+    model: Llama,
+    params: Any,
+    cache: Cache,
+    tokens: jax.Array,
+    first: jax.Array,
+    num_chunks: jax.Array,
+    *,
+    chunk_size: int,
+) -> Cache:
+    """Fills the cache (donated) with `num_chunks` chunks of tokens from slot `first` on, all rows alike.
+
+    Args:
+      model: static.
+      params: of the model.
+      cache: S slots, of which those below `first` are filled.
+      tokens: int32[B, S].
+      first: int32[], first slot to fill.
+      num_chunks: int32[]; 0 compiles and does nothing. first + num_chunks * chunk_size must not exceed S.
+      chunk_size: static.
+
+    Returns:
+      The cache. Slots of a chunk beyond a row's prompt hold garbage that decoding overwrites before it reads it.
+    """
+    mask = jnp.tril(jnp.ones((1, chunk_size, chunk_size), bool))
+    num_rows = tokens.shape[0]
+
+    def body(index: jax.Array, cache: Cache) -> Cache:
+        start = first + index * chunk_size
+        piece = jax.lax.dynamic_slice(tokens, (0, start), (num_rows, chunk_size))
+        positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
+        starts = jnp.broadcast_to(start, num_rows)
+        _, rows = model.apply({"params": params}, piece, positions, mask, cache, starts, method="hidden")
+        return write_rows(cache, rows, starts)
+
+    return jax.lax.fori_loop(0, num_chunks, body, cache)
+
+
+def _contexts(request: Request, state: State, host: Any) -> Context:
+    return Context(state.tokens, state.lengths, request.prompt_lengths, host)
+
+
+def verification_pass(model: Llama, params: Any, tree, ancestors, depths, state: State, is_exact: bool):
+    """Logits float32[B, N, V] of the nodes of every row's tree, and their keys and values; the cache is read only."""
+    inputs = (tree.tokens, state.lengths[:, None] - 1 + depths, ancestors, state.cache, state.lengths - 1)
+    if not is_exact:
+        return model.apply({"params": params}, *inputs)
+    inputs = jax.lax.optimization_barrier(inputs)
+    with jax.enable_x64(True):
+        out = model.apply({"params": params}, *inputs, accumulate_dtype=jnp.float64)
+    return jax.lax.optimization_barrier(out)
+
+
+def step(
+    model: Llama, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
+) -> tuple[State, jax.Array, jax.Array]:
+    """One step of every row: draft, verify, commit, update. Rows that have ended stay as they are.
+
+    Returns:
+      The state, the number of tokens appended and that of draft nodes verified: int32[B] each.
+    """
+    rows = jnp.arange(state.tokens.shape[0])
+    contexts = _contexts(request, state, host)
+    tree = jax.vmap(drafter.draft, in_axes=(None, 0, 0))(drafter.tables, state.drafter, contexts)
+    if settings.width > drafter.num_nodes:
+        spare = settings.width - drafter.num_nodes
+        fill = draft_tree.DraftTree(0, UNUSED, NO_SOURCE, False)
+        tree = jax.tree.map(lambda x, value: jnp.pad(x, ((0, 0), (0, spare)), constant_values=value), tree, fill)
+    ancestors = jax.vmap(draft_tree.ancestor_mask)(tree)
+    depths = draft_tree.depths(ancestors)
+    logits, new_rows = verification_pass(model, params, tree, ancestors, depths, state, settings.is_exact)
+
+    targets = sampling.draw(logits, state.lengths, depths, drafter.max_depth, settings.mode, request.sampling)
+    path = jax.vmap(verify.walk, in_axes=(0, 0, 0, None))(tree, ancestors, targets, drafter.max_depth)
+    nodes = jnp.maximum(path.nodes, 0)
+    appended = jnp.take_along_axis(targets, nodes, axis=1)  # [B, P]: an accepted child is its parent's target
+    place = jnp.arange(appended.shape[1])
+    is_stop = jnp.any(appended[:, :, None] == request.stop_tokens[:, None, :], axis=-1)
+    first_stop = jnp.min(jnp.where(is_stop, place, appended.shape[1]), axis=1)
+    num_appended = jnp.minimum(jnp.minimum(path.num_accepted, first_stop) + 1, request.limits - state.lengths)
+    num_appended = jnp.where(state.is_finished, 0, num_appended)
+
+    # The path's rows lie next to each other when they are written: the only write to the cache in a step.
+    picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
+    put = jax.vmap(lambda buffer, new, slot: jax.lax.dynamic_update_slice(buffer, new, (slot,) + (0,) * (buffer.ndim - 1)))
+    is_draft = place < path.num_accepted[:, None]
+    child = jnp.roll(nodes, -1, axis=1)
+    child_source = jnp.where(is_draft, jnp.take_along_axis(tree.sources, child, axis=1), NO_SOURCE)
+    lengths = state.lengths + num_appended
+    is_stopped = first_stop < num_appended
+    is_proposed = (tree.parents >= 0) & ~tree.is_window & ~state.is_finished[:, None]
+    is_kept = is_draft & (place < num_appended[:, None])
+    counts = state.counts
+    counts = counts.at[rows[:, None], 0, jnp.maximum(tree.sources, 0), depths].add(is_proposed)
+    counts = counts.at[rows[:, None], 1, jnp.maximum(child_source, 0), place + 1].add(is_kept, mode="drop")
+    logprobs = state.logprobs
+    if logprobs is not None:
+        path_logprobs = jax.nn.log_softmax(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), axis=-1)
+        top, top_tokens = jax.lax.top_k(path_logprobs, settings.num_logprobs)
+        chosen = jnp.take_along_axis(path_logprobs, appended[:, :, None], axis=-1)[..., 0]
+        logprobs = Logprobs(
+            *(put(old, new, state.lengths) for old, new in zip(logprobs, (chosen, top, top_tokens), strict=True))
+        )
+    state = state._replace(
+        cache=write_rows(state.cache, picked, state.lengths - 1),
+        tokens=put(state.tokens, appended, state.lengths),
+        lengths=lengths,
+        is_finished=state.is_finished | is_stopped | (lengths >= request.limits),
+        sources=put(state.sources, child_source.astype(jnp.int8), state.lengths),
+        counts=counts,
+        logprobs=logprobs,
+    )
+
+    top_logits, top_tokens = jax.lax.top_k(logits, drafter.num_top_logits)
+    feedback = Feedback(
+        tree=tree,
+        targets=targets,
+        argmax=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        top_tokens=top_tokens,
+        top_logits=top_logits,
+        path=path.nodes,
+        num_appended=num_appended,
+    )
+    update = jax.vmap(drafter.update, in_axes=(None, 0, 0, 0))
+    drafter_state = update(drafter.tables, state.drafter, _contexts(request, state, ()), feedback)
+    return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_proposed | (tree.is_window), axis=1)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state"
+)
+def run_steps(
+    model: Llama,
+    settings: StepSettings,
+    params: Any,
+    drafter: Drafter,
+    request: Request,
+    host: Any,
+    state: State,
+    max_steps: jax.Array,
+    *,
+    sync_every: int,
+) -> tuple[State, Record]:
+    """Up to `max_steps` steps (at most `sync_every`, static) with no host in between; ends when all rows have ended.
+
+    The state is donated. `max_steps` 0 compiles and does nothing.
+    """
+    shape = (state.tokens.shape[0], sync_every)
+    record = Record(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+
+    def is_going_on(carry) -> jax.Array:
+        index, state, _ = carry
+        return (index < jnp.minimum(max_steps, sync_every)) & ~jnp.all(state.is_finished)
+
+    def body(carry):
+        index, state, record = carry
+        state, num_appended, num_nodes = step(model, settings, params, drafter, request, host, state)
+        record = Record(record.num_appended.at[:, index].set(num_appended), record.num_nodes.at[:, index].set(num_nodes))
+        return index + 1, state, record
+
+    _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
+    return state, record
+
+
+@jax.jit
+def init_drafter(drafter: Drafter, request: Request, tokens: jax.Array, kept: Any) -> Any:
+    """The drafter's state for prompts int32[B, S]; `kept` is the state of an earlier request that it may renew, or None."""
+    contexts = Context(tokens, request.prompt_lengths, request.prompt_lengths)
+    if kept is not None and drafter.renew is not None:
+        return jax.vmap(drafter.renew, in_axes=(None, 0, 0))(drafter.tables, kept, contexts)
+    return jax.vmap(drafter.init, in_axes=(None, 0))(drafter.tables, contexts)
+
+
+def start(drafter: Drafter, request: Request, cache: Cache, tokens: jax.Array, drafter_state: Any, num_logprobs: int) -> State:
+    """The state before the first step; the cache holds all prompt tokens but the last of each row.
+
+    Steps donate their state: what the caller keeps besides is copied.
+    """
+    num_rows, num_slots = tokens.shape
+    logprobs = None
+    if num_logprobs:
+        top = (num_rows, num_slots, num_logprobs)
+        logprobs = Logprobs(jnp.zeros((num_rows, num_slots)), jnp.zeros(top), jnp.full(top, NO_TOKEN, jnp.int32))
+    return State(
+        cache=cache,
+        tokens=jnp.array(tokens),
+        lengths=jnp.array(request.prompt_lengths),
+        is_finished=request.prompt_lengths >= request.limits,
+        sources=jnp.full((num_rows, num_slots), NO_SOURCE, jnp.int8),
+        drafter=drafter_state,
+        counts=jnp.zeros((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), jnp.int32),
+        logprobs=logprobs,
+    )

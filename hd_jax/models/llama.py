@@ -1,0 +1,277 @@
+"""The Llama-family transformer in Flax, in one form for training, prefill and the verification of a tree.
+
+Dimension letters, here and in the whole package:
+
+    B rows of a batch          L layers               V vocabulary
+    N nodes of a draft tree    H query heads          G candidate continuations of a drafter
+    T tokens of a call         K key/value heads      C tokens of a continuation
+    S cache slots              D head width           E hidden width
+
+A call sees T new tokens a row: a chunk of a prompt (T tokens in a line), or the nodes of a draft tree (T = N). Each of
+them attends to the committed slots of the cache and to those new tokens that `self_mask` allows:
+
+                 cache slots               new tokens            a tree: 0 - 1 - 2
+               0 1 2 .. length-1           0 1 2 3                    |
+        0      x x x .. x      |           x                          3
+        1      x x x .. x      |           x x
+        2      x x x .. x      |           x x x
+        3      x x x .. x      |           x     x
+
+The cache is read only. The keys and values of the T tokens are returned, and the caller writes those it keeps: a cache
+that a compiled step both reads and rewrites whole would be copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hd_jax.models.config import ModelConfig, RopeConfig
+
+# One (keys, values) pair a layer, each of the model's dtype: [B, K, S, D] in a cache, [B, K, T, D] for new tokens.
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
+
+
+def empty_cache(config: ModelConfig, num_rows: int, num_slots: int) -> Cache:
+    """Zeroed keys and values, [B, K, S, D] a layer."""
+    shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
+    return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
+    """The angular frequencies, float32[D / 2] in radians per position, and the factor on cosines and sines.
+
+    Kinds: `linear` (Chen et al. 2023), `llama3` (Llama 3.1's wavelength bands), `yarn` (Peng et al. 2023, section 3),
+    and `dynamic`, which below its original context, where this package stays, is the default.
+    """
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / jnp.power(jnp.float32(rope.theta), exponents)
+    if rope.kind == "linear":
+        return frequencies / rope.factor, 1.0
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        smooth = (rope.original_context / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        return (1 - smooth) * frequencies / rope.factor + smooth * frequencies, 1.0
+    if rope.kind == "yarn":
+
+        def dimension_of(rotations: float) -> float:
+            turns = rope.original_context / (rotations * 2 * math.pi)
+            return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+        low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+        if rope.is_truncated:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 1e-3)
+        keep = 1.0 - jnp.clip(ramp, 0.0, 1.0)
+
+        def magnitude(mscale: float) -> float:
+            return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+        scale = rope.attention_factor
+        if scale is None:
+            both = rope.mscale and rope.mscale_all_dim
+            scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim) if both else magnitude(1.0)
+        return frequencies / rope.factor * (1 - keep) + frequencies * keep, float(scale)
+    return frequencies, 1.0
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates [B, T, heads, D] by float32[B, T, D / 2] angles, pairing dimension i with i + D / 2 as Hugging Face does."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,  # [B, T, H, D]
+    new: tuple[jax.Array, jax.Array],  # [B, K, T, D] twice
+    self_mask: jax.Array,  # bool[B, T, T]
+    cached: tuple[jax.Array, jax.Array] | None,  # [B, K, S, D] twice
+    cache_lengths: jax.Array | None,  # int32[B]
+    accumulate_dtype: Any,
+) -> jax.Array:  # [B, T, H * D]
+    """Softmax attention over cached and new keys as two blocks under one maximum, so that the cache is never concatenated."""
+    num_rows, num_tokens, num_heads, head_dim = q.shape
+    num_groups = new[0].shape[1]
+    q = (q * (head_dim**-0.5)).reshape(num_rows, num_tokens, num_groups, num_heads // num_groups, head_dim)
+    q = jnp.transpose(q, (0, 2, 3, 1, 4))  # [B, K, H / K, T, D]
+    blocks = [(*new, self_mask[:, None, None, :, :])]
+    if cached is not None:
+        assert cache_lengths is not None
+        is_committed = jnp.arange(cached[0].shape[2])[None, :] < cache_lengths[:, None]
+        blocks.append((*cached, is_committed[:, None, None, None, :]))
+
+    def wide(x: jax.Array) -> jax.Array:
+        return x.astype(accumulate_dtype)
+
+    lowest = jnp.finfo(accumulate_dtype).min
+    scores = [
+        jnp.where(mask, jnp.einsum("bkgtd,bksd->bkgts", wide(q), wide(k), preferred_element_type=accumulate_dtype), lowest)
+        for k, _, mask in blocks
+    ]
+    peak = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
+    weights = [jnp.exp(s - peak) for s in scores]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    values = sum(
+        jnp.einsum("bkgts,bksd->bkgtd", w, wide(v), preferred_element_type=accumulate_dtype)
+        for w, (_, v, _) in zip(weights, blocks, strict=True)
+    )
+    out = (values / total).astype(new[0].dtype)
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(num_rows, num_tokens, num_heads * head_dim)
+
+
+class Linear(nn.Module):
+    """`x @ W^T + b` with the weight stored [out, in], as Hugging Face stores it."""
+
+    features: int
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+        weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
+        out = self.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if self.use_bias:
+            out = out + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype).astype(jnp.float32)
+        return out.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return weight * wide.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    attend_fn: Callable[..., jax.Array] = attend
+
+    @nn.compact
+    def __call__(self, x, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype):
+        c = self.config
+        num_rows, num_tokens, _ = x.shape
+
+        def project(name: str, num_heads: int) -> jax.Array:
+            out = Linear(num_heads * c.head_dim, c.attention_bias, c.dtype, self.dot_general, name=name)(x)
+            return out.reshape(num_rows, num_tokens, num_heads, c.head_dim)
+
+        q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
+        if c.use_qk_norm:
+            q, k = RMSNorm(c.rms_norm_eps, c.dtype, name="q_norm")(q), RMSNorm(c.rms_norm_eps, c.dtype, name="k_norm")(k)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        out = self.attend_fn(q, new, self_mask, cached, cache_lengths, accumulate_dtype)
+        return Linear(c.hidden_size, c.attention_out_bias, c.dtype, self.dot_general, name="o_proj")(out), new
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def linear(name: str, width: int) -> Linear:
+            return Linear(width, c.mlp_bias, c.dtype, self.dot_general, name=name)
+
+        gate, up = linear("gate_proj", c.intermediate_size)(x), linear("up_proj", c.intermediate_size)(x)
+        return linear("down_proj", c.hidden_size)(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    config: ModelConfig
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    attend_fn: Callable[..., jax.Array] = attend
+
+    @nn.compact
+    def __call__(self, x, *attention_args):
+        c = self.config
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(c.rms_norm_eps, c.dtype, name=name)
+
+        attention = Attention(c, self.dot_general, self.attend_fn, name="self_attn")
+        attended, new = attention(norm("input_layernorm")(x), *attention_args)
+        x = x + attended
+        return x + MLP(c, self.dot_general, name="mlp")(norm("post_attention_layernorm")(x)), new
+
+
+class Llama(nn.Module):
+    """Llama, Mistral, Qwen2 and Qwen3; parameter names are Hugging Face's, nested (see `models.weights`).
+
+    `dot_general` replaces every product with a weight and `attend_fn` replaces `attend`: training passes its own.
+    """
+
+    config: ModelConfig
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    attend_fn: Callable[..., jax.Array] = attend
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        shape = (c.vocab_size, c.hidden_size)
+        self.embed_tokens = self.param("embed_tokens", init, shape, c.dtype)
+        self.layers = [Layer(c, self.dot_general, self.attend_fn) for _ in range(c.num_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, c.dtype)
+        self.lm_head = self.embed_tokens if c.is_head_tied else self.param("lm_head", init, shape, c.dtype)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        self_mask: jax.Array,
+        cache: Cache | None = None,
+        cache_lengths: jax.Array | None = None,
+        accumulate_dtype: Any = jnp.float32,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs the layers.
+
+        Args:
+          tokens: int32[B, T].
+          positions: int32[B, T], of each token in its text.
+          self_mask: bool[B, T, T], whether new token t attends to new token u (true on the diagonal).
+          cache: keys and values of the committed tokens, read only; None for none.
+          cache_lengths: int32[B], how many slots of each row are committed.
+          accumulate_dtype: of scores, softmax and weighted sums; float64 makes them independent of the slots' order.
+
+        Returns:
+          The normalised last hidden states, [B, T, E], and the new tokens' keys and values.
+        """
+        c = self.config
+        frequencies, scale = rope_frequencies(c.rope, c.head_dim)
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+        x = jnp.take(self.embed_tokens, tokens, axis=0)
+        rows = []
+        for index, layer in enumerate(self.layers):
+            cached = None if cache is None else cache[index]
+            x, new = layer(x, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype)
+            rows.append(new)
+        return self.norm(x), tuple(rows)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32[..., V], of hidden states [..., E]."""
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return self.dot_general(hidden, self.lm_head, contract, preferred_element_type=jnp.float32)
+
+    def __call__(self, *args, **kwargs) -> tuple[jax.Array, Cache]:
+        """Logits float32[B, T, V] and the new tokens' keys and values; see `hidden` for the arguments."""
+        hidden, rows = self.hidden(*args, **kwargs)
+        return self.head(hidden), rows

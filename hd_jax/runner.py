@@ -1,0 +1,360 @@
+"""From checked requests to results: capacities, prefill, dispatches of steps, and what the host does between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hd_jax import loop
+from hd_jax.draft_tree import NO_TOKEN
+from hd_jax.drafters.base import Context, Drafter
+from hd_jax.models.config import ModelConfig
+from hd_jax.models.llama import Cache, Llama, empty_cache
+from hd_jax.models.tokenizer import Tokenizer
+from hd_jax.result import MODEL, Result
+from hd_jax.sampling import Sampling, SamplingMode
+
+PREFILL_CHUNK = 128  # tokens of a prompt that a pass reads
+RESERVE = 128  # slots behind the last token of every cache, for a chunk or a path: the same for every method
+EXACT_WIDTH = 64  # nodes of every pass in exact mode
+SYNC_EVERY = 32  # steps a dispatch with loop="device"
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A model ready for decoding; made by `decode.load`."""
+
+    config: ModelConfig
+    model: Llama
+    params: Any
+    tokenizer: Tokenizer
+    folder: str
+    max_context: int  # tokens of prompt and answer together
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to decode; the same for all rows of a call. See `decode.generate`."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+    loop: str = "device"
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not (0 <= self.temperature < float("inf")):
+            problems.append(f"temperature must be a finite number of at least 0, not {self.temperature}")
+        if self.top_k < 0:
+            problems.append(f"top_k must be at least 0 (0 is no limit), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.logprobs < 0:
+            problems.append(f"logprobs must be at least 0, not {self.logprobs}")
+        if self.loop not in ("device", "host"):
+            problems.append(f"loop must be 'device' or 'host', not {self.loop!r}")
+        if any(not text for text in self.stop):
+            problems.append("an empty stop string would end every text at once")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One text to decode."""
+
+    prompt: list[int]
+    seed: int
+    sample: int = 0
+
+
+@dataclasses.dataclass
+class Progress:
+    """A run after a dispatch. `state` is what a session keeps at the end; it is not valid once the run goes on."""
+
+    tokens: list[list[int]]  # generated so far, per row
+    is_finished: list[bool]
+    state: loop.State
+
+
+def num_slots(num_tokens: int) -> int:
+    """S for texts of so many tokens: few sizes, so that few programs are compiled; the reserve is added."""
+    size = 256
+    while size < num_tokens + RESERVE:
+        size += max(256, 2 ** (size.bit_length() - 2))
+    return size
+
+
+def run(
+    lm: LM,
+    drafter: Drafter,
+    rows: Sequence[Row],
+    options: Options,
+    *,
+    sync_every: int = SYNC_EVERY,
+    cache: Cache | None = None,
+    num_cached: int = 0,
+    kept_drafter_state: Any = None,
+) -> Iterator[Progress | list[Result]]:
+    """Decodes the rows as one batch: yields Progress after every dispatch of steps, and the Results last.
+
+    Args:
+      lm: the model.
+      drafter: the method.
+      rows: their prompts must be checked (`check_prompt`).
+      options: for all rows.
+      sync_every: steps a dispatch; loop="host" always dispatches one.
+      cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
+      num_cached: at most the prompt's length less one.
+      kept_drafter_state: of an earlier request, for the drafter to renew.
+    """
+    if drafter.max_depth + 1 > RESERVE:
+        raise ValueError(f"drafter {drafter.name} is {drafter.max_depth} deep; at most {RESERVE - 1} is possible")
+    if options.exact and drafter.num_nodes > EXACT_WIDTH:
+        raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
+    lengths = [len(row.prompt) for row in rows]
+    limits = [min(length + options.max_new_tokens, lm.max_context) for length in lengths]
+    slots = num_slots(max(limits))
+    if cache is None:
+        cache = empty_cache(lm.config, len(rows), slots)
+    elif cache[0][0].shape[2] < slots:
+        extra = slots - cache[0][0].shape[2]
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
+    else:
+        slots = cache[0][0].shape[2]
+    buffer = np.zeros((len(rows), slots), np.int32)
+    for index, row in enumerate(rows):
+        buffer[index, : len(row.prompt)] = row.prompt
+    request = _request(lm, rows, options, lengths, limits)
+    settings = loop.StepSettings(
+        mode=sampling_mode(lm, options),
+        num_logprobs=options.logprobs,
+        is_exact=options.exact,
+        width=EXACT_WIDTH if options.exact else 0,
+    )
+    sync_every = 1 if options.loop == "host" else sync_every
+    tokens = jnp.asarray(buffer)
+    num_chunks = -(-(max(lengths) - 1 - num_cached) // PREFILL_CHUNK)
+
+    def fill(cache: Cache, num_chunks: int) -> Cache:
+        return loop.prefill(
+            lm.model, lm.params, cache, tokens, jnp.int32(num_cached), jnp.int32(num_chunks), chunk_size=PREFILL_CHUNK
+        )
+
+    def dispatch(state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
+        host = _refresh(drafter, state, request)
+        return loop.run_steps(
+            lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), sync_every=sync_every
+        )
+
+    clock = time.perf_counter()
+    cache = fill(cache, 0)  # compiles, if this is the first of its kind
+    drafter_state = loop.init_drafter(drafter, request, tokens, kept_drafter_state)
+    state = loop.start(drafter, request, cache, tokens, drafter_state, options.logprobs)
+    state, record = dispatch(state, 0)
+    jax.block_until_ready(state)
+    compile_ms, clock = _lap(clock)
+    state = state._replace(cache=fill(state.cache, num_chunks))
+    jax.block_until_ready(state.cache)
+    prefill_ms, clock = _lap(clock)
+
+    accept_lengths: list[list[int]] = [[] for _ in rows]
+    num_nodes = [0] * len(rows)
+    stopped_at: list[int | None] = [None] * len(rows)  # generated tokens up to the end of a stop string
+    decode_ms = 0.0
+    is_done = bool(np.all(np.asarray(state.is_finished)))
+    while not is_done:
+        state, record = dispatch(state, sync_every)
+        appended, nodes = np.asarray(record.num_appended), np.asarray(record.num_nodes)
+        for index in range(len(rows)):
+            accept_lengths[index] += [int(n) for n in appended[index] if n]
+            num_nodes[index] += int(nodes[index].sum())
+        generated = _generated(state, lengths)
+        is_finished = np.asarray(state.is_finished)
+        if options.stop:
+            for index, ids in enumerate(generated):
+                if stopped_at[index] is None:
+                    stopped_at[index] = _find_stop(lm.tokenizer, ids, options.stop)
+            is_finished = is_finished | np.array([end is not None for end in stopped_at])
+            state = state._replace(is_finished=jnp.asarray(is_finished))
+            generated = [ids[:end] for ids, end in zip(generated, stopped_at, strict=True)]
+        is_done = bool(np.all(is_finished))
+        lap_ms, _ = _lap(clock)
+        decode_ms += lap_ms
+        yield Progress(generated, [bool(x) for x in is_finished], state)
+        clock = time.perf_counter()
+
+    times = (compile_ms, prefill_ms, decode_ms)
+    generated = _generated(state, lengths)
+    logprobs = None if state.logprobs is None else jax.tree.map(np.asarray, state.logprobs)
+    sources, counts = np.asarray(state.sources), np.asarray(state.counts)
+    results = []
+    for index, row in enumerate(rows):
+        results.append(
+            _result(
+                lm,
+                drafter,
+                row,
+                generated[index],
+                stopped_at[index],
+                options,
+                accept_lengths[index],
+                num_nodes[index],
+                sources[index, lengths[index] :],
+                counts[index],
+                None if logprobs is None else jax.tree.map(lambda x, i=index: x[i, lengths[i] :], logprobs),
+                times,
+            )
+        )
+    yield results
+
+
+def check_prompt(lm: LM, tokens: Sequence[int]) -> list[int]:
+    """The ids as ints.
+
+    Raises:
+      ValueError: the prompt is empty, holds an id outside the vocabulary, or leaves no room for an answer.
+    """
+    ids = [int(token) for token in tokens]
+    if not ids:
+        raise ValueError("the prompt is empty; it needs at least one token")
+    bad = next(((i, t) for i, t in enumerate(ids) if not 0 <= t < lm.config.vocab_size), None)
+    if bad:
+        raise ValueError(f"token id {bad[1]} at index {bad[0]} of the prompt is outside the vocabulary of {lm.config.vocab_size}")
+    if len(ids) >= lm.max_context:
+        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context of {lm.max_context} leaves no room for an answer")
+    return ids
+
+
+def sampling_mode(lm: LM, options: Options) -> SamplingMode:
+    """What a program for these options must be able to do."""
+    return SamplingMode(options.temperature > 0, 0 < options.top_k < lm.config.vocab_size, options.top_p < 1)
+
+
+def sampling_of(rows: Sequence[Row], options: Options) -> Sampling:
+    """The rows' sampling settings, [B] each."""
+    every = np.ones(len(rows))
+    return Sampling(
+        temperature=jnp.asarray(every * options.temperature, jnp.float32),
+        top_k=jnp.asarray(every * options.top_k, jnp.int32),
+        top_p=jnp.asarray(every * options.top_p, jnp.float32),
+        seeds=jnp.asarray([row.seed for row in rows], jnp.uint32),
+        samples=jnp.asarray([row.sample for row in rows], jnp.uint32),
+    )
+
+
+def _lap(since: float) -> tuple[float, float]:
+    now = time.perf_counter()
+    return (now - since) * 1e3, now
+
+
+def _request(lm: LM, rows: Sequence[Row], options: Options, lengths: list[int], limits: list[int]) -> loop.Request:
+    stop = lm.tokenizer.eos_ids[: loop.MAX_STOP_TOKENS]
+    stop_tokens = np.full((len(rows), loop.MAX_STOP_TOKENS), NO_TOKEN, np.int32)
+    stop_tokens[:, : len(stop)] = stop
+    return loop.Request(
+        sampling=sampling_of(rows, options),
+        prompt_lengths=jnp.asarray(lengths, jnp.int32),
+        limits=jnp.asarray(limits, jnp.int32),
+        stop_tokens=jnp.asarray(stop_tokens),
+    )
+
+
+def _refresh(drafter: Drafter, state: loop.State, request: loop.Request) -> Any:
+    if drafter.refresh is None:
+        return ()
+    fetched = (np.asarray(state.tokens), np.asarray(state.lengths), np.asarray(request.prompt_lengths))
+    found = [drafter.refresh(Context(*row)) for row in zip(*fetched, strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *found)
+
+
+def _generated(state: loop.State, lengths: list[int]) -> list[list[int]]:
+    tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
+    return [tokens[i, start : ends[i]].tolist() for i, start in enumerate(lengths)]
+
+
+def _find_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> int | None:
+    """How many tokens it takes until the text holds a stop string; None if it does not."""
+    contains = lambda count: any(s in tokenizer.decode(ids[:count]) for s in stop)  # noqa: E731
+    if not contains(len(ids)):
+        return None
+    low, high = 0, len(ids)  # the text of more tokens holds what that of fewer holds
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if contains(middle) else (middle, high)
+    return high
+
+
+def _result(
+    lm: LM,
+    drafter: Drafter,
+    row: Row,
+    tokens: list[int],
+    stopped_at: int | None,
+    options: Options,
+    accept_lengths: list[int],
+    num_nodes: int,
+    sources: np.ndarray,
+    counts: np.ndarray,
+    logprobs: loop.Logprobs | None,
+    times: tuple[float, float, float],
+) -> Result:
+    tokens = tokens[:stopped_at]
+    steps = accept_lengths
+    if stopped_at is not None:  # Steps beyond the stop string do not count, and its step counts what it kept.
+        steps, left = [], len(tokens)
+        for count in accept_lengths:
+            if left > 0:
+                steps.append(min(count, left))
+            left -= count
+    is_stop_token = bool(tokens) and tokens[-1] in lm.tokenizer.eos_ids
+    text = lm.tokenizer.decode(tokens[:-1] if is_stop_token else tokens)
+    found = [text.index(s) for s in options.stop if s in text]
+    if stopped_at is not None and found:
+        text = text[: min(found)]
+    if is_stop_token or stopped_at is not None:
+        reason = "stop"
+    else:
+        reason = "length" if len(tokens) >= options.max_new_tokens else "context"
+    names = drafter.source_names
+    top: list[tuple[float, dict[int, float]]] = []
+    if logprobs is not None:
+        for place in range(len(tokens)):
+            best = dict(zip(logprobs.top_tokens[place].tolist(), logprobs.top[place].tolist(), strict=True))
+            top.append((float(logprobs.chosen[place]), best))
+    return Result(
+        text=text,
+        tokens=tokens,
+        prompt_tokens=list(row.prompt),
+        finish_reason=reason,
+        accept_lengths=steps,
+        nodes_per_step=num_nodes / max(len(accept_lengths), 1),
+        sources=[MODEL if s < 0 else names[s] for s in sources[: len(tokens)].tolist()],
+        source_counts={
+            name: {"proposed": counts[0, i, 1:].tolist(), "accepted": counts[1, i, 1:].tolist()} for i, name in enumerate(names)
+        },
+        compile_ms=times[0],
+        prefill_ms=times[1],
+        decode_ms=times[2],
+        logprobs=top,
+        tokenizer=lm.tokenizer,
+    )
+
+
+def fresh_drafter_state(lm: LM, drafter: Drafter) -> Any:
+    """The state (of one row) of a drafter that has seen nothing but one token: for the shapes of a saved one."""
+    options = Options(max_new_tokens=1)
+    request = _request(lm, [Row([0], 0)], options, [1], [2])
+    return loop.init_drafter(drafter, request, jnp.zeros((1, num_slots(2)), jnp.int32), None)

@@ -1,0 +1,61 @@
+"""Small models for the tests. Everything here is strict: promotions raise, and several host devices stand ready."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hd_jax.models import llama
+from hd_jax.models.config import ModelConfig
+from hd_jax.runner import LM
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+class LetterTokenizer:
+    """Token t is the letter chr(97 + t % 26); id 1 ends a text."""
+
+    eos_ids = (1,)
+    bos_id = 0
+    fingerprint = "letters"
+    has_chat_template = True
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - 97 for c in text]
+
+    def decode(self, ids) -> str:
+        return "".join(chr(97 + t % 26) for t in ids)
+
+    def chat(self, messages, add_generation_prompt: bool = True) -> list[int]:
+        return [t for m in messages for t in [0 if m["role"] == "user" else 2, *self.encode(m["content"])]] + [2]
+
+
+def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype: str = "float32") -> LM:
+    """A random two-layer model with grouped heads, whose greedy texts repeat themselves now and then."""
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_context=max_context,
+        is_head_tied=True,
+        dtype=dtype,
+    )
+    model = llama.Llama(config)
+    one = jnp.zeros((1, 1), jnp.int32)
+    params = model.init(jax.random.key(seed), one, one, jnp.ones((1, 1, 1), bool))["params"]
+    params = jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, params)
+    return LM(config, model, params, LetterTokenizer(), "random", max_context)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="session")
+def lm() -> LM:
+    return random_lm()
