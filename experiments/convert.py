@@ -7,6 +7,7 @@ DIR receives params/ (Orbax), config.json, and the tokenizer's files.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ def convert(model: str, output: pathlib.Path, dtype: str | None) -> int:
     if (output / "params").exists():
         raise ValueError(f"{output} holds a checkpoint (params/) already; name another --output_dir or remove it")
     folder = weights.resolve(model)
+    if folder.resolve() == output.resolve():
+        raise ValueError(f"{output} is the model's own folder; name another --output_dir")
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise ValueError(f"{output} cannot be written to")
     chat = tokenizer.load(model)
     if dtype is None:
         dtype = "bfloat16" if weights.stored_dtype(folder) == "bfloat16" else "float32"
@@ -42,7 +48,7 @@ def convert(model: str, output: pathlib.Path, dtype: str | None) -> int:
         for path in folder.glob(pattern):
             if not path.name.endswith(".index.json"):  # The map of the shards that stay behind.
                 shutil.copyfile(path, output / path.name)
-    if chat.chat_template is not None:  # It may have been chosen by the model's name, which the new folder need not bear.
+    if chat.chat_template in tokenizer.TEMPLATES.values():  # Chosen by the model's name, which the new folder need not bear.
         (output / "chat_template.jinja").write_text(chat.chat_template, encoding="utf-8")
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 

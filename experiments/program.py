@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -26,9 +28,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         except (ValueError, OSError) as error:
             _fail(error)
 
+    # absl shows what is logged at INFO level; JAX tells there which kinds of device it did not find.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(error: object) -> None:
+def _fail(error: object) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.answers import Answer
 
 OVERALL = "overall"
 LOOP_NGRAM = 8
+TERMINAL_WIDTH = 100
 
 
 def summarize(answers: Mapping[str, Sequence[Answer]], plain: str = "none") -> list[dict[str, Any]]:
@@ -133,7 +135,7 @@ def write(
       facts: further lines about the run.
 
     Returns:
-      The tables as text for a terminal of 100 columns.
+      The tables and facts as text for a terminal.
     """
     rows = summarize(answers)
     loops = loop_share(answers["none"])
@@ -148,7 +150,7 @@ def write(
         *facts,
         f"{loops:.0%} of plain decoding's answers repeat an {LOOP_NGRAM}-gram: loops flatter every drafter.",
         _near_tie_line(rows),
-        *([f"{len(skipped)} questions were left out, their prompts do not fit: {'; '.join(skipped)}"] if skipped else []),
+        *([f"Left out, as their prompts do not fit the context ({len(skipped)}): {'; '.join(skipped)}"] if skipped else []),
     ]
     tables = [(caption, note, *_grid(rows, kind)) for kind, (caption, note) in _TABLES.items()]
     markdown = [f"# {title}", *(f"- {note}" for note in notes)]
@@ -159,7 +161,7 @@ def write(
     markdown += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in ("speedup", "tokens_per_step", "acceptance"))]
     write_file(folder / "report.md", "\n".join(markdown) + "\n")
     text = [f"{caption} ({note})\n{_aligned(head, body)}\n" for caption, note, head, body in tables]
-    return "\n".join([*text, *notes])
+    return "\n".join([*text, *(textwrap.fill(note, TERMINAL_WIDTH) for note in notes)])
 
 
 _TABLES = {
@@ -170,7 +172,6 @@ _TABLES = {
 _COST_COLUMNS = {
     "total": ("speedup_total", "{:.2f}"),
     "tokens/s": ("tokens_per_second", "{:.1f}"),
-    "tokens": ("tokens", "{}"),
     "steps": ("steps", "{}"),
     "nodes/step": ("nodes_per_step", "{:.1f}"),
     "prefill s": ("prefill_ms", "{:.1f}"),
@@ -209,18 +210,18 @@ def _grid(rows: Sequence[dict], kind: str) -> tuple[list[str], list[list[str]]]:
 def _acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     found = [(row["method"], source, c) for row in rows if row["task"] == OVERALL for source, c in row["acceptance"].items()]
     found = [entry for entry in found if any(entry[2]["proposed"])]
-    depth = max((len(counts["proposed"]) for _, _, counts in found), default=0)
+    depth = max((d for _, _, counts in found for d, proposed in enumerate(counts["proposed"], 1) if proposed), default=0)
     body = []
     for method, source, counts in found:
-        cells = [f"{a}/{p}" for a, p in zip(counts["accepted"], counts["proposed"], strict=True)]
+        cells = [f"{a}/{p}" if p else "" for a, p in zip(counts["accepted"], counts["proposed"], strict=True)][:depth]
         body.append([method, source, *cells, *[""] * (depth - len(cells))])
     return ["method", "source", *(f"depth {d}" for d in range(1, depth + 1))], body
 
 
-def _aligned(head: Sequence[str], body: Sequence[Sequence[str]], width: int = 100) -> str:
-    """Columns as wide as they need; the first is cut so that a line has at most `width` characters."""
+def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need; the first is cut so that a line fits the terminal."""
     widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(head) - 1)))
+    widths[0] = min(widths[0], max(8, TERMINAL_WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)))
     cut = lambda cell: cell if len(cell) <= widths[0] else cell[: widths[0] - 1] + "~"  # noqa: E731
     lines = [
         [cut(row[0]).ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in (head, *body)

@@ -52,14 +52,23 @@ class Library:
     makers: Mapping[str, Callable[..., Any]]
     make_drafter: Callable[..., Any]
     generate: Callable[..., Any]
+    num_slots: Callable[[int], int]
     measure_draft_us: Callable[..., float]
     check: Callable[..., Any]
 
     @classmethod
     def default(cls) -> Library:
-        from hd_jax import decode, drafters, exactness  # Late, so that flag errors come at once.
+        from hd_jax import decode, drafters, exactness, runner  # Late, so that flag errors come at once.
 
-        return cls(decode.load, drafters.MAKERS, decode.make_drafter, decode.generate, decode.measure_draft_us, exactness.check)
+        return cls(
+            load=decode.load,
+            makers=drafters.MAKERS,
+            make_drafter=decode.make_drafter,
+            generate=decode.generate,
+            num_slots=runner.num_slots,
+            measure_draft_us=decode.measure_draft_us,
+            check=exactness.check,
+        )
 
 
 class Bench:
@@ -87,12 +96,32 @@ class Bench:
             except ValueError as error:
                 raise ValueError(f"method {method.label}: {error}") from error
 
+        self._warm: set[tuple[str, int, int]] = set()  # method, rows and cache slots that ran before
+
     def num_prompt_tokens(self, messages: list[dict[str, str]]) -> int:
         return len(self.lm.tokenizer.chat(messages))
 
-    def generate(self, label: str, prompts: list[list[dict[str, str]]], seeds: list[int], max_new_tokens: int) -> list[Any]:
-        """A Result for each prompt; a single one is not sent as a batch."""
-        is_single = len(prompts) == 1
+    def generate(self, label: str, prompts: list[list[dict[str, str]]], seeds: list[int]) -> list[Any]:
+        """A Result for each prompt."""
+        self.warm_up(label, len(prompts), max(map(self.num_prompt_tokens, prompts)))
+        return self._generate(label, prompts, seeds, self.config.max_new_tokens)
+
+    def warm_up(self, label: str, num_rows: int, num_prompt_tokens: int) -> None:
+        """Runs a method once for a batch of this size, if it did not run yet, on a text that is no question.
+
+        A compiled program's first run is slower than the next ones, and each size of the cache is a program of its own.
+        """
+        end = min(num_prompt_tokens + self.config.max_new_tokens, self.lm.max_context)
+        key = (label, num_rows, self.library.num_slots(end))
+        if key not in self._warm:
+            self._warm.add(key)
+            max_new_tokens = min(WARM_UP_TOKENS, self.config.max_new_tokens)
+            text = self.lm.tokenizer.chat(_messages((WARM_UP_TEXT,), ()))
+            prompt = (text * (end // len(text) + 1))[: max(end - max_new_tokens, 1)]
+            self._generate(label, [prompt] * num_rows, [0] * num_rows, max_new_tokens)
+
+    def _generate(self, label: str, prompts: list[Any], seeds: list[int], max_new_tokens: int) -> list[Any]:
+        is_single = len(prompts) == 1  # is not sent as a batch
         out = self.library.generate(
             self.lm,
             prompts[0] if is_single else prompts,
@@ -116,16 +145,12 @@ class Bench:
             seed=seed,
             exact=config.exact,
         )
-        return dataclasses.asdict(verdict)
+        kept = ("is_equal", "is_explained", "position", "gap", "tolerance", "message")
+        return {name: getattr(verdict, name) for name in kept}
 
     def draft_us(self, label: str, tokens: list[int]) -> float:
         """Median microseconds of drafting alone for one step."""
         return self.library.measure_draft_us(self.lm, self.drafters[label], tokens[: self.lm.max_context - 1])
-
-    def warm_up(self, num_rows: int) -> None:
-        """One short generation per method, on a text that is no question."""
-        for label in self.drafters:
-            self.generate(label, [_messages((WARM_UP_TEXT,), ())] * num_rows, [0] * num_rows, WARM_UP_TOKENS)
 
     def answer(self, label: str, batch: Sequence[Question], plain: Sequence[Answer], *, is_draft_timed: bool) -> list[Answer]:
         """Answers to questions with equally many turns.
@@ -142,7 +167,7 @@ class Bench:
         for turn in range(len(batch[0].turns)):
             said = [answers.texts(a)[:turn] for a in plain] or [[result.text for result in row] for row in results]
             prompts = [_messages(question.turns, texts) for question, texts in zip(batch, said, strict=True)]
-            for row, result in enumerate(self.generate(label, prompts, seeds, self.config.max_new_tokens)):
+            for row, result in enumerate(self.generate(label, prompts, seeds)):
                 expected = answers.tokens(plain[row], turn) if plain else result.tokens
                 reference = dataclasses.replace(result, tokens=expected)
                 verdicts[row].append(self.verify(label, reference, result, seeds[row]))
@@ -176,8 +201,9 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
         stored = {label: answers.read(path, chosen) for label, path in paths.items()}
         batches = _batches(chosen, config.batch_size)
         num_done, num_all = sum(map(len, stored.values())), len(chosen) * len(methods)
-        if num_done < num_all:
-            bench.warm_up(max(map(len, batches)))
+        if num_done < num_all:  # Whatever a method cannot do shows here, before anything is written.
+            for label in paths:
+                bench.warm_up(label, len(batches[0]), 1)
         run_config.write(folder, facts)
     with tqdm.tqdm(total=num_all, initial=num_done, unit="answer", dynamic_ncols=True) as progress:
         start, timed_tasks = 0, set()
@@ -286,7 +312,7 @@ def define_flags() -> None:
 
 
 def _given_config() -> RunConfig:
-    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(RunConfig)}
+    values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(RunConfig)}
     if values["model"] and pathlib.Path(values["model"]).exists():
         values["model"] = os.path.abspath(values["model"])
     if not math.isfinite(values["temperature"]):
@@ -322,7 +348,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"\nStopped; what is done is kept. Go on with: {command}", file=sys.stderr)
         else:
             print("\nStopped before the first answer.", file=sys.stderr)
-        sys.exit(130)
+        sys.stderr.flush()
+        os._exit(130)  # Not sys.exit: what the device still runs may crash in the interpreter's shutdown.
 
 
 if __name__ == "__main__":

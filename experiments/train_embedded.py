@@ -369,7 +369,9 @@ def validate(params, model: llama.Llama, records: Sequence[Record], batch_size: 
     evaluate = jax.jit(loss_fn, static_argnums=1)
     sums: dict[str, list[float]] = {}
     for task in sorted({r.task for r in records}):
-        packed = pack([dataclasses.replace(r, source="") for r in records if r.task == task], sequence_length, np.random.default_rng(0))
+        packed = pack(
+            [dataclasses.replace(r, source="") for r in records if r.task == task], sequence_length, np.random.default_rng(0)
+        )
         for first in range(0, len(packed), batch_size):
             rows = list(packed[first : first + batch_size])
             batch = collate(rows + [[]] * (batch_size - len(rows)), sequence_length)
@@ -442,7 +444,9 @@ def main(argv: Sequence[str]) -> None:
     losses = validate(state["params"], model, validation, batch_size, length)
     logging.info("validation loss, nats a token: %s", json.dumps(losses, indent=1))
     weights.export_hf(export, config, state["params"], tokenizer, chat_template=CHAT_TEMPLATE, bos=BOS, eos=EOS)
-    recipe = {flag.name: flag.value for flag in flags.FLAGS.get_flags_for_module(__name__) if flag.name not in ("data", "output_dir")}
+    recipe = {
+        flag.name: flag.value for flag in flags.FLAGS.get_flags_for_module(__name__) if flag.name not in ("data", "output_dir")
+    }
     (output / "training.json").write_text(json.dumps({"recipe": recipe, "validation_loss": losses}, indent=2))
 
 

@@ -232,9 +232,7 @@ def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeat
             tree = drafter.draft(drafter.tables, state, context._replace(host=host))
             top = (drafter.num_nodes, drafter.num_top_logits)
             path = jnp.full(drafter.max_depth + 1, draft_tree.NO_NODE).at[0].set(draft_tree.ROOT_INDEX)
-            feedback = Feedback(
-                tree, tree.tokens, tree.tokens, jnp.zeros(top, jnp.int32), jnp.zeros(top), path, jnp.int32(1)
-            )
+            feedback = Feedback(tree, tree.tokens, tree.tokens, jnp.zeros(top, jnp.int32), jnp.zeros(top), path, jnp.int32(1))
             return drafter.update(drafter.tables, state, context, feedback)
 
         start = drafter.init(drafter.tables, context)
@@ -254,7 +252,9 @@ def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeat
 def _choose(lm: LM, drafter: str | Drafter | None, num_nodes: int | None) -> Drafter:
     if isinstance(drafter, Drafter):
         if num_nodes not in (None, drafter.num_nodes):
-            raise ValueError(f"num_nodes {num_nodes} was given with a drafter that has {drafter.num_nodes}; set it where it is made")
+            raise ValueError(
+                f"num_nodes {num_nodes} was given with a drafter that has {drafter.num_nodes}; set it where it is made"
+            )
         return drafter
     options = {} if num_nodes is None else {"num_nodes": num_nodes}
     return make_drafter(lm, drafter or "none", **options)
@@ -265,11 +265,14 @@ def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_chat(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+    """Whether this is a list of messages."""
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
+    return is_list and all(isinstance(m, Mapping) and "role" in m for m in prompt)
 
 
 def _is_batch(prompt: Any) -> bool:
-    if isinstance(prompt, str) or _is_chat(prompt) or isinstance(prompt, np.ndarray):
+    """Whether this is a list of prompts: not a prompt itself, and no list of ids."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or _is_chat(prompt):
         return False
     return len(prompt) > 0 and not any(isinstance(item, int | np.integer) for item in prompt)
 

@@ -217,9 +217,7 @@ def step(
     return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_proposed | (tree.is_window), axis=1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state")
 def run_steps(
     model: Llama,
     settings: StepSettings,

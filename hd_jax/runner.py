@@ -26,7 +26,7 @@ EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LM:
     """A model ready for decoding; made by `decode.load`."""
 
@@ -125,8 +125,7 @@ def run(
     if options.exact and drafter.num_nodes > EXACT_WIDTH:
         raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
     lengths = [len(row.prompt) for row in rows]
-    limits = [min(length + options.max_new_tokens, lm.max_context) for length in lengths]
-    slots = num_slots(max(limits))
+    slots = num_slots(max(_limit(lm, row, options) for row in rows))
     if cache is None:
         cache = empty_cache(lm.config, len(rows), slots)
     elif cache[0][0].shape[2] < slots:
@@ -137,7 +136,7 @@ def run(
     buffer = np.zeros((len(rows), slots), np.int32)
     for index, row in enumerate(rows):
         buffer[index, : len(row.prompt)] = row.prompt
-    request = _request(lm, rows, options, lengths, limits)
+    request = request_of(lm, rows, options)
     settings = loop.StepSettings(
         mode=sampling_mode(lm, options),
         num_logprobs=options.logprobs,
@@ -232,10 +231,31 @@ def check_prompt(lm: LM, tokens: Sequence[int]) -> list[int]:
         raise ValueError("the prompt is empty; it needs at least one token")
     bad = next(((i, t) for i, t in enumerate(ids) if not 0 <= t < lm.config.vocab_size), None)
     if bad:
-        raise ValueError(f"token id {bad[1]} at index {bad[0]} of the prompt is outside the vocabulary of {lm.config.vocab_size}")
+        raise ValueError(
+            f"token id {bad[1]} at index {bad[0]} of the prompt is outside the vocabulary of {lm.config.vocab_size}"
+        )
     if len(ids) >= lm.max_context:
-        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context of {lm.max_context} leaves no room for an answer")
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens; the model's context of {lm.max_context} leaves no room for an answer"
+        )
     return ids
+
+
+def request_of(lm: LM, rows: Sequence[Row], options: Options) -> loop.Request:
+    """The rows as the loop takes them, [B] each."""
+    stop = lm.tokenizer.eos_ids[: loop.MAX_STOP_TOKENS]
+    stop_tokens = np.full((len(rows), loop.MAX_STOP_TOKENS), NO_TOKEN, np.int32)
+    stop_tokens[:, : len(stop)] = stop
+    return loop.Request(
+        sampling=sampling_of(rows, options),
+        prompt_lengths=jnp.asarray([len(row.prompt) for row in rows], jnp.int32),
+        limits=jnp.asarray([_limit(lm, row, options) for row in rows], jnp.int32),
+        stop_tokens=jnp.asarray(stop_tokens),
+    )
+
+
+def _limit(lm: LM, row: Row, options: Options) -> int:
+    return min(len(row.prompt) + options.max_new_tokens, lm.max_context)
 
 
 def sampling_mode(lm: LM, options: Options) -> SamplingMode:
@@ -258,18 +278,6 @@ def sampling_of(rows: Sequence[Row], options: Options) -> Sampling:
 def _lap(since: float) -> tuple[float, float]:
     now = time.perf_counter()
     return (now - since) * 1e3, now
-
-
-def _request(lm: LM, rows: Sequence[Row], options: Options, lengths: list[int], limits: list[int]) -> loop.Request:
-    stop = lm.tokenizer.eos_ids[: loop.MAX_STOP_TOKENS]
-    stop_tokens = np.full((len(rows), loop.MAX_STOP_TOKENS), NO_TOKEN, np.int32)
-    stop_tokens[:, : len(stop)] = stop
-    return loop.Request(
-        sampling=sampling_of(rows, options),
-        prompt_lengths=jnp.asarray(lengths, jnp.int32),
-        limits=jnp.asarray(limits, jnp.int32),
-        stop_tokens=jnp.asarray(stop_tokens),
-    )
 
 
 def _refresh(drafter: Drafter, state: loop.State, request: loop.Request) -> Any:
@@ -356,5 +364,5 @@ def _result(
 def fresh_drafter_state(lm: LM, drafter: Drafter) -> Any:
     """The state (of one row) of a drafter that has seen nothing but one token: for the shapes of a saved one."""
     options = Options(max_new_tokens=1)
-    request = _request(lm, [Row([0], 0)], options, [1], [2])
+    request = request_of(lm, [Row([0], 0)], options)
     return loop.init_drafter(drafter, request, jnp.zeros((1, num_slots(2)), jnp.int32), None)

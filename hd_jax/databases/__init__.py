@@ -40,8 +40,12 @@ def join_documents(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndar
     for index, (document, end, length) in enumerate(zip(documents, ends, lengths, strict=True)):
         tokens = np.asarray(document)
         if tokens.ndim != 1 or (length and not np.issubdtype(tokens.dtype, np.integer)):
-            raise ValueError(f"document {index} is {tokens.dtype}{list(tokens.shape)}; a document is a list of token ids, int32[n]")
+            raise ValueError(
+                f"document {index} is {tokens.dtype}{list(tokens.shape)}; a document is a list of token ids, int32[n]"
+            )
         if length and (tokens.max() >= 2**31 or np.any((tokens < 0) & (tokens != SEPARATOR))):
-            raise ValueError(f"document {index} holds an id that is neither a token (0 to 2^31 - 1) nor SEPARATOR ({SEPARATOR})")
+            raise ValueError(
+                f"document {index} holds an id that is neither a token (0 to 2^31 - 1) nor SEPARATOR ({SEPARATOR})"
+            )
         text[end - length : end] = tokens
     return text, ends

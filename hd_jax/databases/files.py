@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 FORMAT = "hd_jax database"
@@ -59,6 +60,10 @@ def save(
       settings: it was built with, for JSON.
       counts: of what it holds.
       arrays: int32 or int64, by name.
+
+    Raises:
+      ValueError: an array of another dtype.
+      OSError: the file cannot be written.
     """
     path = Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -72,35 +77,38 @@ def save(
         "crc32": json.dumps({name: _crc32(array) for name, array in arrays.items()}, sort_keys=True),
     }
     names = {dtype: name for name, dtype in _DTYPES.items()}
+    for name, array in arrays.items():
+        if array.dtype not in names:
+            raise ValueError(f"array {name!r} is {array.dtype}; a database holds int32 and int64")
     shapes = {name: [names[array.dtype], *array.shape] for name, array in arrays.items()}
     facts["facts_crc32"] = _facts_crc32(facts, shapes)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as for any new file; save_file's would be for its owner alone
         save_file(arrays, beside, metadata=facts)
+        beside.chmod(mode)
         os.replace(beside, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
 
 
-def open(path: str | os.PathLike[str], kind: str, *, fingerprint: str, verify: bool = False) -> DatabaseFile:
+def open(path: str | os.PathLike[str], kind: str, fingerprint: str | None, *, verify: bool = False) -> DatabaseFile:
     """Maps a database into memory.
 
     Args:
       path: the file.
       kind: that it must be of.
-      fingerprint: of the tokenizer in use, whose token ids the database must hold.
+      fingerprint: of the tokenizer in use, whose token ids the database must hold; None leaves that unchecked.
       verify: read all arrays and check their checksums, however large; those of small files are always checked.
 
     Raises:
       DatabaseError: the file is no such database, of another kind, version or tokenizer, cut short, or altered.
     """
     path = Path(path)
-    header, start = _read_header(path)
-    facts = header.pop("__metadata__", {})
-    if facts.get("format") != FORMAT:
-        raise DatabaseError(f"{path} is not a database of this project: its header does not say {FORMAT!r}")
-    if facts.get("version") != VERSION:
-        raise DatabaseError(f"{path} has format version {facts.get('version')}; this program reads {VERSION}: build it again")
+    header, facts, start = _read_header(path)
     try:
         shapes = {name: [entry["dtype"], *entry["shape"]] for name, entry in header.items()}
         places = {name: (entry["data_offsets"][0], entry["data_offsets"][1]) for name, entry in header.items()}
@@ -113,7 +121,7 @@ def open(path: str | os.PathLike[str], kind: str, *, fingerprint: str, verify: b
         raise DatabaseError(f"{path} is altered: its header is not as it was written ({error!r}); build it again") from error
     if facts["kind"] != kind:
         raise DatabaseError(f"{path} holds a database of kind {facts['kind']!r}, not {kind!r}")
-    if facts["tokenizer"] != fingerprint:
+    if fingerprint not in (None, facts["tokenizer"]):
         raise DatabaseError(
             f"{path} was built with another tokenizer (fingerprint {facts['tokenizer']}, in use is {fingerprint}): "
             "build it again with this model's tokenizer"
@@ -125,8 +133,17 @@ def open(path: str | os.PathLike[str], kind: str, *, fingerprint: str, verify: b
     return DatabaseFile(settings, counts, arrays)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The parsed header of a safetensors file, and where its arrays start."""
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of database that a file says it holds.
+
+    Raises:
+      DatabaseError: the file is no database of this project and version.
+    """
+    return str(_read_header(Path(path))[1].get("kind"))
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The arrays' entries of a safetensors header, the facts, and where the arrays start."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -139,9 +156,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(text)
     except ValueError as error:
         raise DatabaseError(f"{path} is not a database file, or altered: its header is not JSON ({error})") from error
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise DatabaseError(f"{path} is not a database file: its header is not a table of arrays")
-    return header, 8 + length
+    facts = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise DatabaseError(f"{path} is not a database file: its header does not say {FORMAT!r}")
+    if facts.get("version") != VERSION:
+        raise DatabaseError(f"{path} has format version {facts.get('version')}; this program reads {VERSION}: build it again")
+    return header, facts, 8 + length
 
 
 def _map_arrays(path: Path, start: int, shapes: dict[str, list], places: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
@@ -159,12 +179,13 @@ def _map_arrays(path: Path, start: int, shapes: dict[str, list], places: dict[st
         dtype, shape = _DTYPES[shapes[name][0]], tuple(shapes[name][1:])
         # An empty file region cannot be mapped.
         is_empty = first == last
-        arrays[name] = np.zeros(shape, dtype) if is_empty else np.memmap(path, dtype, "r", start + first, shape)
+        # A plain array over the map: np.memmap itself slows every small slice.
+        arrays[name] = np.zeros(shape, dtype) if is_empty else np.asarray(np.memmap(path, dtype, "r", start + first, shape))
     return arrays
 
 
 def _crc32(array: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
 
 
 def _facts_crc32(facts: Mapping[str, str], shapes: Mapping[str, list]) -> str:

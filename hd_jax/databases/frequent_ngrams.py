@@ -57,9 +57,7 @@ class FrequentNgrams:
         """The device form, keyed by the first token; see `continuation_table.build`."""
         keys, continuations = self.ngrams[:, :1], self.ngrams[:, 1:]
         lengths = np.full(len(keys), continuations.shape[1], np.int32)
-        return continuation_table.build(
-            keys, continuations, lengths, self.counts, max_entries=max_entries, max_bytes=max_bytes
-        )
+        return continuation_table.build(keys, continuations, lengths, self.counts, max_entries=max_entries, max_bytes=max_bytes)
 
     def save(self, path: str | os.PathLike[str], *, fingerprint: str, settings: dict | None = None) -> None:
         """Writes the database; `settings` is whatever describes the answers."""
@@ -68,6 +66,6 @@ class FrequentNgrams:
         files.save(path, KIND, fingerprint=fingerprint, settings=settings, counts={"ngrams": len(self.counts)}, arrays=arrays)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, fingerprint: str, verify: bool = False) -> FrequentNgrams:
+    def open(path: str | os.PathLike[str], fingerprint: str | None, *, verify: bool = False) -> FrequentNgrams:
         """Maps a database; see `files.open`."""
-        return FrequentNgrams(**files.open(path, KIND, fingerprint=fingerprint, verify=verify).arrays)
+        return FrequentNgrams(**files.open(path, KIND, fingerprint, verify=verify).arrays)

@@ -13,6 +13,7 @@ An n-gram is kept if it occurs in at least `min_documents` documents. Hence its 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -145,9 +146,7 @@ class NgramTrie:
         origins, found, lengths, counts = self._expand(key_length, np.arange(len(keys)), length)
         return continuation_table.build(keys[origins], found, lengths, counts, max_entries=max_entries, max_bytes=max_bytes)
 
-    def _expand(
-        self, level: int, nodes: np.ndarray, length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _expand(self, level: int, nodes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The paths of 1 to `length` tokens that lead down from some nodes, each as far as the trie and `length` go.
 
         Args:
@@ -163,7 +162,7 @@ class NgramTrie:
         paths = np.full((len(nodes), length), NO_TOKEN, np.int32)
         ended: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for depth in range(length + 1):
-            sizes = np.zeros(len(nodes), np.int64)
+            firsts = sizes = np.zeros(len(nodes), np.int64)
             if depth < length and level < self.max_order:
                 firsts = self.child_starts[level - 1][nodes].astype(np.int64)
                 sizes = self.child_starts[level - 1][nodes + 1] - firsts
@@ -190,9 +189,9 @@ class NgramTrie:
         files.save(path, KIND, fingerprint=fingerprint, settings=settings, counts=counts, arrays=arrays)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, fingerprint: str, verify: bool = False) -> NgramTrie:
+    def open(path: str | os.PathLike[str], fingerprint: str | None, *, verify: bool = False) -> NgramTrie:
         """Maps a database; see `files.open`."""
-        file = files.open(path, KIND, fingerprint=fingerprint, verify=verify)
+        file = files.open(path, KIND, fingerprint, verify=verify)
         max_order = file.settings["max_order"]
         level = lambda name, top: tuple(file.arrays[f"{name}_{m}"] for m in range(1, top + 1))  # noqa: E731
         return NgramTrie(level("tokens", max_order), level("counts", max_order), level("child_starts", max_order - 1))
@@ -200,8 +199,7 @@ class NgramTrie:
 
 def _trie(levels: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> NgramTrie:
     child_starts = [
-        np.searchsorted(below[0], np.arange(len(level[0]) + 1)).astype(np.int32)
-        for level, below in zip(levels[:-1], levels[1:], strict=True)
+        np.searchsorted(below[0], np.arange(len(level[0]) + 1)).astype(np.int32) for level, below in itertools.pairwise(levels)
     ]
     return NgramTrie(
         tokens=tuple(tokens for _, tokens, _ in levels),

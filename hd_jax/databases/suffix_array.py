@@ -5,7 +5,7 @@
     suffix 4 5     ranks 2 and 3 (places 0 and 4): continued by 6 and by 7
 
 8 bytes a token. The suffixes are sorted by libdivsufsort over big-endian bytes. Measured at 10M tokens of a Zipf-distributed
-32k vocabulary: pydivsufsort {DIVSUFSORT}, PySAIS {SAIS}, prefix doubling in numpy {DOUBLING}.
+32k vocabulary: pydivsufsort 1.7 s, PySAIS 2.6 s, prefix doubling in numpy 22 s.
 """
 
 from __future__ import annotations
@@ -39,9 +39,17 @@ class SuffixArray:
         return self.text.nbytes + self.suffix_array.nbytes
 
     @staticmethod
-    def build(documents: Sequence[np.ndarray]) -> SuffixArray:
-        """Joins documents, int32[n_d] each, and sorts their suffixes."""
+    def build(documents: Sequence[np.ndarray], *, max_bytes: int | None = None) -> SuffixArray:
+        """Joins documents and sorts their suffixes.
+
+        Args:
+          documents: int32[n_d] each.
+          max_bytes: of the database; the text is cut off behind what fits.
+        """
         text, _ = join_documents(documents)
+        if max_bytes is not None and len(text) > max_bytes // 8:
+            text = text[: max_bytes // 8].copy()
+            text[-1:] = SEPARATOR
         return SuffixArray(text, _sorted_suffixes(text))
 
     def continuations(
@@ -112,7 +120,7 @@ class SuffixArray:
         last = len(self.text) - 1  # a separator
         rows = self.text[np.minimum(places[:, None] + np.arange(width), last)]
         is_within = np.logical_and.accumulate(rows != SEPARATOR, axis=1)
-        return np.where(is_within, rows, NO_TOKEN).astype(np.int32), np.sum(is_within, axis=1, dtype=np.int32)
+        return np.where(is_within, rows, NO_TOKEN).astype(np.int32), is_within.sum(axis=1).astype(np.int32)
 
     def save(self, path: str | os.PathLike[str], *, fingerprint: str, settings: dict | None = None) -> None:
         """Writes the database; `settings` is whatever describes its corpus."""
@@ -122,9 +130,9 @@ class SuffixArray:
         files.save(path, KIND, fingerprint=fingerprint, settings=settings or {}, counts=counts, arrays=arrays)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, fingerprint: str, verify: bool = False) -> SuffixArray:
+    def open(path: str | os.PathLike[str], fingerprint: str | None, *, verify: bool = False) -> SuffixArray:
         """Maps a database; see `files.open`."""
-        return SuffixArray(**files.open(path, KIND, fingerprint=fingerprint, verify=verify).arrays)
+        return SuffixArray(**files.open(path, KIND, fingerprint, verify=verify).arrays)
 
 
 def _sorted_suffixes(text: np.ndarray) -> np.ndarray:

@@ -100,6 +100,6 @@ class TrigramCounts:
         files.save(path, KIND, fingerprint=fingerprint, settings=settings or {}, counts=counts, arrays=arrays)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, fingerprint: str, verify: bool = False) -> TrigramCounts:
+    def open(path: str | os.PathLike[str], fingerprint: str | None, *, verify: bool = False) -> TrigramCounts:
         """Maps a database; see `files.open`."""
-        return TrigramCounts(**files.open(path, KIND, fingerprint=fingerprint, verify=verify).arrays)
+        return TrigramCounts(**files.open(path, KIND, fingerprint, verify=verify).arrays)

@@ -9,9 +9,9 @@ from typing import Any
 # Architectures whose block is Llama's, and the settings each of them fixes in code rather than in config.json.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"attention_bias": True},
-    "Qwen3ForCausalLM": {"use_qk_norm": True},
+    "MistralForCausalLM": {"attention_bias": False, "mlp_bias": False},
+    "Qwen2ForCausalLM": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+    "Qwen3ForCausalLM": {"use_qk_norm": True, "mlp_bias": False},
 }
 # The supported kinds of `rope_type`, and the fields of RopeConfig that each of them uses.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
@@ -100,7 +100,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     window = config.get("sliding_window") if config.get("use_sliding_window", architecture.startswith("Mistral")) else None
     if window and window < max_context:
         max_context = window  # Within its window, sliding attention is full attention; beyond it we do not go.
-    bias = ARCHITECTURES[architecture].get("attention_bias", bool(config.get("attention_bias", False)))
+    bias = bool(config.get("attention_bias", False))
+    varying: dict[str, Any] = {
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+    }
     return ModelConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -113,10 +118,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
         rope=rope,
         is_head_tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bias,
-        attention_out_bias=bias and architecture != "Qwen2ForCausalLM",
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        use_qk_norm=ARCHITECTURES[architecture].get("use_qk_norm", False),
+        **varying | ARCHITECTURES[architecture],
     )
 
 

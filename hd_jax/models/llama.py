@@ -123,7 +123,7 @@ def attend(
         jnp.einsum("bkgts,bksd->bkgtd", w, wide(v), preferred_element_type=accumulate_dtype)
         for w, (_, v, _) in zip(weights, blocks, strict=True)
     )
-    out = (values / total).astype(new[0].dtype)
+    out = jnp.divide(values, total).astype(new[0].dtype)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(num_rows, num_tokens, num_heads * head_dim)
 
 

@@ -51,6 +51,7 @@ class Tokenizer:
       bos_id: of the token that begins a text; None where there is none.
       eos_ids: of the tokens that end an answer, ascending.
       chat_template: the Jinja template of the chat format; None where none is known.
+      has_chat_template: whether `chat` works.
       fingerprint: SHA-256, in hex, of the vocabulary and the merges, so equal where the same ids mean the same text.
     """
 
@@ -62,10 +63,11 @@ class Tokenizer:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_ids: tuple[int, ...] = tuple(sorted(set(eos_ids)))
         self.chat_template = chat_template
+        self.has_chat_template = chat_template is not None
         self.fingerprint: str = _fingerprint(tokenizer)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens that this tokenizer puts around a text (a BOS, if any) unless `add_bos` is off."""
+        """Token ids of a text; with `add_bos`, after the BOS or what else this tokenizer puts around a text, if anything."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_bos))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -121,7 +123,9 @@ def load(name: str | os.PathLike[str], template: str | None = None) -> Tokenizer
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # Slow to import.
 
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+    if not any(
+        (folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         raise ValueError(f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model)")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
@@ -129,10 +133,10 @@ def load(name: str | os.PathLike[str], template: str | None = None) -> Tokenizer
         raise ValueError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
     config = _read_optional(folder / "config.json")
     chat_template = tokenizer.chat_template
-    if template is not None or chat_template is None:
-        name_in_config = str(config.get("_name_or_path", ""))
-        template = template or _template_of(f"{name} {folder.resolve().name} {name_in_config}")
-        chat_template = TEMPLATES.get(template) if template else None
+    if template is None and chat_template is None:
+        template = _template_of(folder, config)
+    if template is not None:
+        chat_template = TEMPLATES[template]
     generation = _read_optional(folder / "generation_config.json")
     named = generation.get("eos_token_id", config.get("eos_token_id"))
     eos_ids = named if isinstance(named, list) else [named]
@@ -140,12 +144,16 @@ def load(name: str | os.PathLike[str], template: str | None = None) -> Tokenizer
     return Tokenizer(tokenizer, eos_ids, chat_template, str(name))
 
 
-def _template_of(model_name: str) -> str | None:
-    model_name = model_name.lower()
-    if "vicuna" in model_name:
-        return "vicuna"
-    if "llama-2" in model_name and "chat" in model_name:
-        return "llama-2"
+def _template_of(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+    """The built-in template that a model's name asks for."""
+    folder = folder.resolve()
+    # The hub's cache: models--ORG--NAME/snapshots/REVISION.
+    named_by = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    for name in (named_by.name.lower(), pathlib.Path(config.get("_name_or_path", "")).name.lower()):
+        if "vicuna" in name:
+            return "vicuna"
+        if "llama-2" in name and "chat" in name:
+            return "llama-2"
     return None
 
 

@@ -56,12 +56,12 @@ def resolve(name: str | os.PathLike[str], *, has_weights: bool = True) -> pathli
       ValueError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     folder = pathlib.Path(name).expanduser()
-    if folder.is_dir():
+    if str(name) and folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise ValueError(f"{folder} is a file; a model is a folder or the name of one on the Hugging Face hub")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        raise ValueError(f"there is no folder {folder}, and {str(name)!r} cannot be a name on the Hugging Face hub")
+        raise ValueError(f"there is no folder {str(name)!r}, and no model on the Hugging Face hub can have this name")
 
     import huggingface_hub  # Slow to import, and of no use for a folder.
 
@@ -185,7 +185,7 @@ def export_hf(
     if unknown:
         raise ValueError(f"the tokenizer has no token {', '.join(map(repr, unknown))}")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_hf_name(path): np.asarray(leaf, jnp.bfloat16) for path, leaf in traverse_util.flatten_dict(params).items()}
+    tensors = {_hf_name(path): np.asarray(leaf, jnp.bfloat16) for path, leaf in _flatten(params).items()}
     with _replacing(folder / _SAFETENSORS) as path:
         safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     with _replacing(folder / "tokenizer.json") as path:
@@ -217,7 +217,7 @@ def load_orbax(folder: pathlib.Path, dtype: str | None = None) -> tuple[ModelCon
     with ocp.StandardCheckpointer() as checkpointer:
         path = (folder / _ORBAX).absolute()
         try:
-            stored = traverse_util.flatten_dict(checkpointer.metadata(path).item_metadata.tree)
+            stored = _flatten(checkpointer.metadata(path).item_metadata.tree)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not an Orbax checkpoint of parameters ({error})") from error
         found = {"/".join(key): tuple(leaf.shape) for key, leaf in stored.items()}
@@ -275,7 +275,12 @@ def _shapes(config: ModelConfig) -> dict[_Path, tuple[int, ...]]:
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_)
     params = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), token, token, mask)["params"]
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
+    return {path: leaf.shape for path, leaf in _flatten(params).items()}
+
+
+def _flatten(tree: Any) -> dict[_Path, Any]:
+    flat: Any = traverse_util.flatten_dict(tree)
+    return flat
 
 
 def _hf_name(path: _Path) -> str:

@@ -57,8 +57,14 @@ def as_list(answer):
     ]
 
 
+def lookup_all(table, suffixes):
+    """The answers of one vmapped lookup of int32[m, k]."""
+    answers = jax.jit(jax.vmap(continuation_table.lookup, in_axes=(None, 0)))(table, jnp.asarray(suffixes))
+    return [as_list(answer) for answer in zip(*map(np.asarray, answers), strict=True)]
+
+
 @pytest.mark.parametrize("key_length", [1, 2, 3])
-@pytest.mark.parametrize("max_entries", [1, 3, 7])
+@pytest.mark.parametrize("max_entries", [1, 7])
 def test_lookup_in_jit_and_vmap_equals_a_dictionary(key_length, max_entries):
     vocab, length = {1: 60, 2: 9, 3: 5}[key_length], 4
     counted = random_pairs(key_length, 400, key_length, length, vocab)
@@ -67,10 +73,10 @@ def test_lookup_in_jit_and_vmap_equals_a_dictionary(key_length, max_entries):
     suffixes = np.array(list(np.ndindex(*[vocab + 2] * key_length)), np.int32)  # every key, and missing ones
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         one = jax.jit(continuation_table.lookup)
-        many = jax.jit(jax.vmap(continuation_table.lookup, in_axes=(None, 0)))(table, jnp.asarray(suffixes))
+        many = lookup_all(table, suffixes)
     for index, suffix in enumerate(suffixes):
         expected = naive_best(counted.get(tuple(suffix.tolist()), {}), max_entries)
-        assert as_list([x[index] for x in many]) == expected
+        assert many[index] == expected
         if index % 37 == 0 or index == len(suffixes) - 1:
             assert as_list(one(table, jnp.asarray(suffix))) == expected
 
@@ -79,23 +85,22 @@ def test_the_last_key_and_entry_of_the_table_are_found():
     counted = random_pairs(4, 300, 1, 3, 80)
     table = build(counted, 3, max_entries=5)
     last = np.asarray(table.keys)[table.num_keys - 1]
-    assert as_list(continuation_table.lookup(table, jnp.asarray(last))) == naive_best(counted[tuple(last.tolist())], 5)
+    assert lookup_all(table, last[None]) == [naive_best(counted[tuple(last.tolist())], 5)]
 
 
 def test_a_beginning_gives_its_place_to_the_next():
     counted = {(1,): Counter({(5,): 9, (5, 6): 8, (7,): 7, (8,): 6})}
     table = build(counted, 2, max_entries=2)
-    assert as_list(continuation_table.lookup(table, jnp.array([1], jnp.int32))) == [((5, 6), 8), ((7,), 7)]
+    assert lookup_all(table, np.array([[1]], np.int32)) == [[((5, 6), 8), ((7,), 7)]]
     # Not kept itself, the longer one does not displace its beginning.
     table = build({(1,): Counter({(5,): 9, (7,): 8, (5, 6): 1})}, 2, max_entries=2)
-    assert as_list(continuation_table.lookup(table, jnp.array([1], jnp.int32))) == [((5,), 9), ((7,), 8)]
+    assert lookup_all(table, np.array([[1]], np.int32)) == [[((5,), 9), ((7,), 8)]]
 
 
 def test_padding_is_no_key():
     for table in (continuation_table.empty(2, 3, 4), build(random_pairs(0, 5, 2, 4, 5), 4, max_entries=3)):
-        for suffix in ([NO_TOKEN, NO_TOKEN], [0, NO_TOKEN], [2**31 - 1, -(2**31)]):
-            continuations, lengths, counts = continuation_table.lookup(table, jnp.array(suffix, jnp.int32))
-            assert continuations.shape == (3, 4) and not lengths.any() and not counts.any()
+        suffixes = np.array([[NO_TOKEN, NO_TOKEN], [0, NO_TOKEN], [2**31 - 1, -(2**31)]], np.int32)
+        assert lookup_all(table, suffixes) == [[], [], []]
 
 
 def test_host_and_device_hash_alike():
@@ -110,7 +115,7 @@ def test_buckets_stay_narrow():
     assert table.bucket_width <= 12
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.05])
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.05])
 def test_byte_bound_keeps_the_keys_of_highest_count(share):
     counted = random_pairs(7, 3000, 2, 3, 40)
     full = build(counted, 3, max_entries=4)
@@ -119,19 +124,21 @@ def test_byte_bound_keeps_the_keys_of_highest_count(share):
     assert 0.5 * bound < table.num_bytes <= bound and 0 < table.num_keys < full.num_keys
     best = {key: naive_best(cs, 4) for key, cs in counted.items()}
     ranked = sorted(best, key=lambda key: (-sum(count for _, count in best[key]), key))
-    lookup = jax.jit(jax.vmap(continuation_table.lookup, in_axes=(None, 0)))
-    found = lookup(table, jnp.asarray(np.array(ranked, np.int32)))
-    for index, key in enumerate(ranked):
-        assert as_list([x[index] for x in found]) == (best[key] if index < table.num_keys else [])
+    assert lookup_all(table, np.array(ranked, np.int32)) == [best[key] for key in ranked[: table.num_keys]] + [[]] * (
+        len(ranked) - table.num_keys
+    )
 
 
 def test_byte_bound_of_no_key_gives_an_empty_table():
     empty = continuation_table.empty(1, 2, 3)
     table = build(random_pairs(3, 50, 1, 3, 20), 3, max_entries=2, max_bytes=empty.num_bytes)
     assert table.num_keys == 0 and table.num_bytes == empty.num_bytes
-    assert continuation_table.build(
-        np.empty((0, 1), np.int32), np.empty((0, 3), np.int32), np.empty(0, np.int32), np.empty(0, np.int32), max_entries=2
-    ).num_keys == 0
+    assert (
+        continuation_table.build(
+            np.empty((0, 1), np.int32), np.empty((0, 3), np.int32), np.empty(0, np.int32), np.empty(0, np.int32), max_entries=2
+        ).num_keys
+        == 0
+    )
 
 
 def test_bad_input_is_refused():

@@ -1,0 +1,64 @@
+"""Tri-gram counts against counting in plain Python."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from test_continuation_table import lookup_all
+from test_ngram_trie import corpus
+
+from hd_jax.databases.trigrams import TrigramCounts
+
+
+def naive(documents, max_successors):
+    counts = defaultdict(Counter)
+    for document in documents:
+        for first, second, third in zip(document[:-2], document[1:-1], document[2:], strict=True):
+            counts[int(first), int(second)][int(third)] += 1
+    best = {pair: sorted(c.items(), key=lambda item: (-item[1], item[0]))[:max_successors] for pair, c in counts.items()}
+    return best, {pair: c.total() for pair, c in counts.items()}
+
+
+def as_dict(database):
+    rows = list(zip(database.successors.tolist(), database.counts.tolist(), strict=True))
+    starts = database.starts.tolist()
+    pairs = [tuple(pair) for pair in database.pairs.tolist()]
+    assert pairs == sorted(pairs)
+    return {pair: rows[starts[i] : starts[i + 1]] for i, pair in enumerate(pairs)}
+
+
+@pytest.mark.parametrize("max_successors", [1, 4, 12])
+def test_counts_and_table_equal_a_naive_count(max_successors):
+    documents = corpus(3, num_documents=60, vocab=15)
+    database = TrigramCounts.build(documents, max_successors=max_successors)
+    best, totals = naive(documents, max_successors)
+    assert as_dict(database) == best
+    assert dict(zip(map(tuple, database.pairs.tolist()), database.totals.tolist(), strict=True)) == totals
+    table = database.to_table(3)
+    pairs = [*best, (15, 0)]
+    expected = [[((token,), count) for token, count in best.get(pair, [])[:3]] for pair in pairs]
+    assert lookup_all(table, np.array(pairs, np.int32)) == expected
+
+
+def test_bounds_keep_the_most_frequent_pairs():
+    documents = corpus(4, num_documents=60, vocab=8)
+    best, totals = naive(documents, 12)
+    ranked = sorted(totals, key=lambda pair: (-totals[pair], pair))
+    assert as_dict(TrigramCounts.build(documents, max_pairs=10)) == {pair: best[pair] for pair in ranked[:10]}
+    full = TrigramCounts.build(documents)
+    bounded = TrigramCounts.build(documents, max_bytes=full.num_bytes // 2)
+    num_pairs = len(bounded.pairs)
+    assert bounded.num_bytes <= full.num_bytes // 2 and 0 < num_pairs < len(ranked)
+    assert as_dict(bounded) == {pair: best[pair] for pair in ranked[:num_pairs]}
+    assert bounded.num_bytes + 16 + 8 * len(best[ranked[num_pairs]]) > full.num_bytes // 2
+
+
+def test_file_round_trip_and_bad_input(tmp_path):
+    database = TrigramCounts.build(corpus(0))
+    database.save(tmp_path / "t", fingerprint="f")
+    opened = TrigramCounts.open(tmp_path / "t", "f")
+    assert as_dict(opened) == as_dict(database) != {}
+    np.testing.assert_array_equal(opened.totals, database.totals)
+    assert TrigramCounts.build([]).to_table().num_keys == 0
+    with pytest.raises(ValueError, match="max_successors >= 1"):
+        TrigramCounts.build([], max_successors=0)

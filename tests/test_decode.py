@@ -1,0 +1,295 @@
+"""The door: every drafter, both loops, greedy and sampled, batches, stops and ends give plain decoding's tokens."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hd_jax import decode, draft_tree, drafters, exactness, runner
+from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
+from hd_jax.drafters.base import Context, Drafter
+
+PROMPTS = [[3, 4, 5, 6, 7] * 5, [9], np.random.default_rng(0).integers(2, 48, 80).tolist()]
+NUM_NEW = 40
+
+
+@functools.lru_cache
+def random_trees(num_nodes: int = 9) -> Drafter:
+    """Adversarial: random shapes, duplicate children, window nodes and unused places, with few distinct tokens."""
+
+    def draft(tables, state, context: Context) -> DraftTree:
+        del tables, state
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), context.length), 4)
+        places = jnp.arange(num_nodes)
+        parents = jax.random.randint(keys[0], (num_nodes,), 0, jnp.maximum(places, 1))
+        parents = jnp.where((jax.random.uniform(keys[1], (num_nodes,)) < 0.1) & (places > num_nodes // 2), UNUSED, parents)
+        # Half of the tokens are from the text, and children repeat each other.
+        text = context.tokens[jax.random.randint(keys[2], (num_nodes,), 0, context.length)]
+        is_window = (jax.random.uniform(keys[3], (num_nodes,)) < 0.1) & (places > 0)
+        return DraftTree(
+            tokens=jnp.where(places == 0, context.root, text),
+            parents=jnp.where(places == 0, NO_PARENT, jnp.where((parents > 0) & (parents == UNUSED), UNUSED, parents)),
+            sources=jnp.where(places == 0, draft_tree.NO_SOURCE, 0),
+            is_window=is_window,
+        )
+
+    return Drafter("random", num_nodes=num_nodes, max_depth=num_nodes - 1, source_names=("random",), draft=draft)
+
+
+@functools.lru_cache
+def always_wrong(num_nodes: int = 6) -> Drafter:
+    """Adversarial: the same long chain every time, of a token that no text here holds."""
+
+    def draft(tables, state, context: Context) -> DraftTree:
+        del tables, state
+        tokens = jnp.full(num_nodes - 1, 0, jnp.int32)
+        return draft_tree.from_chain(context.root, tokens, jnp.int32(num_nodes - 1))
+
+    return Drafter("wrong", num_nodes=num_nodes, max_depth=num_nodes - 1, source_names=("wrong",), draft=draft)
+
+
+@functools.lru_cache
+def python_pld(num_tokens: int = 4) -> Drafter:
+    """A drafter in plain Python, on the host: what followed the last occurrence of the newest token."""
+
+    def refresh(context: Context):
+        text = context.tokens[: int(context.length)].tolist()
+        hits = [i for i, token in enumerate(text[:-1]) if token == text[-1]]
+        found = text[hits[-1] + 1 :][:num_tokens] if hits else []
+        return np.asarray(found + [0] * (num_tokens - len(found)), np.int32), np.int32(len(found)), np.int32(len(text))
+
+    def draft(tables, state, context: Context) -> DraftTree:
+        del tables, state
+        tokens, length, at = context.host
+        return draft_tree.from_chain(context.root, tokens, jnp.where(at == context.length, length, 0))
+
+    return Drafter("python", num_nodes=num_tokens + 1, max_depth=num_tokens, source_names=("context",), draft=draft, refresh=refresh)
+
+
+DRAFTERS = {
+    "pld": drafters.pld(),
+    "hd": drafters.hd(order="c", window=3, num_drafts=3, history=64),
+    "random": random_trees(),
+    "wrong": always_wrong(),
+    "python": python_pld(),
+}
+
+
+@functools.cache
+def _plain(lm, temperature: float, exact: bool, prompts: tuple[int, ...] = (0, 1, 2), **options):
+    """Plain decoding, one prompt at a time."""
+    return [
+        decode.generate(lm, PROMPTS[i], max_new_tokens=NUM_NEW, temperature=temperature, seed=i, exact=exact, **options) for i in prompts
+    ]
+
+
+def _assert_equal(lm, drafter, reference, candidate, **options):
+    for index, (a, b) in enumerate(zip(reference, candidate, strict=True)):
+        verdict = exactness.check(lm, drafter, a, b, seed=index, **options)
+        assert verdict.is_explained, verdict.message
+        assert verdict.is_equal or not options.get("exact")
+        assert sum(b.accept_lengths) == len(b.tokens) == len(b.sources)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_writes_plain_decodings_tokens(lm, name, temperature):
+    drafter = DRAFTERS[name]
+    options = {"max_new_tokens": NUM_NEW, "temperature": temperature}
+    for loop in ("device", "host"):
+        out = [decode.generate(lm, p, drafter=drafter, seed=i, loop=loop, **options) for i, p in enumerate(PROMPTS)]
+        _assert_equal(lm, drafter, _plain(lm, temperature, False), out, temperature=temperature)
+    batch = decode.generate(lm, PROMPTS, drafter=drafter, seed=[0, 1, 2], **options)
+    _assert_equal(lm, drafter, _plain(lm, temperature, False), batch, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("name", ["pld", "hd", "random"])
+def test_exact_mode_is_bit_equal(lm, name, temperature):
+    options = {"max_new_tokens": NUM_NEW, "temperature": temperature, "exact": True, "logprobs": 2}
+    reference = _plain(lm, temperature, True, logprobs=2)
+    out = [decode.generate(lm, p, drafter=DRAFTERS[name], seed=i, **options) for i, p in enumerate(PROMPTS)]
+    for a, b in zip(reference, out, strict=True):
+        assert a.tokens == b.tokens
+        assert a.logprobs == b.logprobs
+    if name == "hd":
+        assert all(r.tokens_per_step > 1 for r in out)
+
+
+def test_a_prompt_of_several_chunks(lm):
+    prompt = np.random.default_rng(1).integers(2, 48, 2 * runner.PREFILL_CHUNK + 9).tolist()
+    reference = decode.generate(lm, prompt, max_new_tokens=NUM_NEW)
+    out = decode.generate(lm, [PROMPTS[0], prompt], drafter="pld", max_new_tokens=NUM_NEW)
+    _assert_equal(lm, DRAFTERS["pld"], [_plain(lm, 0.0, False)[0], reference], out)
+    assert reference.tokens != decode.generate(lm, prompt[100:], max_new_tokens=NUM_NEW).tokens
+
+
+def test_exact_mode_is_bit_equal_in_a_batch(lm):
+    options = {"max_new_tokens": NUM_NEW, "temperature": 0.7, "exact": True, "logprobs": 1, "seed": [0, 1, 2]}
+    reference = decode.generate(lm, PROMPTS, **options)
+    out = decode.generate(lm, PROMPTS, drafter=DRAFTERS["hd"], **options)
+    assert [r.tokens for r in out] == [r.tokens for r in reference]
+    assert [r.logprobs for r in out] == [r.logprobs for r in reference]
+
+
+def test_the_right_drafts_are_all_accepted(lm):
+    reference = _plain(lm, 0.0, False)[0]
+    drafter = exactness.forced(reference.prompt_tokens + reference.tokens, 8)
+    out = decode.generate(lm, PROMPTS[0], drafter=drafter, max_new_tokens=NUM_NEW)
+    assert out.tokens == reference.tokens
+    assert out.accept_lengths == [8] * (NUM_NEW // 8)
+    assert out.source_counts["text"]["accepted"][0] == NUM_NEW // 8
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (20, 0.9)])
+def test_limits_on_sampling_keep_the_tokens_equal(lm, top_k, top_p):
+    options = {"temperature": 1.2, "top_k": top_k, "top_p": top_p}
+    reference = decode.generate(lm, PROMPTS[0], max_new_tokens=NUM_NEW, **options)
+    out = decode.generate(lm, PROMPTS[0], drafter=DRAFTERS["hd"], max_new_tokens=NUM_NEW, **options)
+    assert exactness.check(lm, DRAFTERS["hd"], reference, out, **options).is_explained
+
+
+def test_a_stop_token_inside_a_draft_ends_the_text(lm):
+    whole = _plain(lm, 0.0, False)[0].tokens
+    for end in (5, 6, 7, 13):  # within a draft of eight, wherever it starts
+        if whole.index(whole[end]) != end:
+            continue
+        stopping = _with_stop_token(lm, whole[end])
+        drafter = exactness.forced(PROMPTS[0] + whole, 8)
+        for method in (None, drafter):
+            out = decode.generate(stopping, PROMPTS[0], drafter=method, max_new_tokens=NUM_NEW)
+            assert out.tokens == whole[: end + 1]
+            assert out.finish_reason == "stop"
+            assert out.text == lm.tokenizer.decode(whole[:end])
+
+
+def _with_stop_token(lm, token: int):
+    import copy
+    import dataclasses
+
+    tokenizer = copy.copy(lm.tokenizer)
+    tokenizer.eos_ids = (token,)
+    return dataclasses.replace(lm, tokenizer=tokenizer)
+
+
+def test_a_stop_string_inside_a_draft_cuts_text_and_tokens(lm):
+    whole = _plain(lm, 0.0, False)[0]
+    for start, length in itertools.product((3, 10, 20), (1, 2, 3)):
+        string = whole.text[start : start + length]
+        first = whole.text.index(string)
+        drafter = exactness.forced(PROMPTS[0] + whole.tokens, 8)
+        for method, loop in ((None, "device"), (drafter, "device"), (drafter, "host")):
+            out = decode.generate(lm, PROMPTS[0], drafter=method, max_new_tokens=NUM_NEW, stop=string, loop=loop)
+            assert out.text == whole.text[:first]
+            assert out.tokens == whole.tokens[: first + length]
+            assert sum(out.accept_lengths) == len(out.tokens)
+            assert out.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("name", [None, "pld", "hd"])
+def test_the_caches_end_ends_the_text(lm, name):
+    import dataclasses
+
+    short = dataclasses.replace(lm, max_context=60)
+    drafter = DRAFTERS[name] if name else None
+    out = decode.generate(short, PROMPTS[0], drafter=drafter, max_new_tokens=100)
+    assert (len(out.tokens), out.finish_reason) == (60 - len(PROMPTS[0]), "context")
+    long = decode.generate(lm, PROMPTS[0], max_new_tokens=60)
+    assert out.tokens == long.tokens[: len(out.tokens)]
+    out = decode.generate(short, PROMPTS[0], drafter=drafter, max_new_tokens=7)
+    assert (len(out.tokens), out.finish_reason) == (7, "length")
+
+
+def test_samples_differ_and_repeat(lm):
+    options = {"temperature": 1.0, "max_new_tokens": 12, "num_samples": 3}
+    first = decode.generate(lm, PROMPTS[:2], **options)
+    again = decode.generate(lm, PROMPTS[:2], drafter=DRAFTERS["pld"], **options)
+    assert [[r.tokens for r in group] for group in first] == [[r.tokens for r in group] for group in again]
+    assert len({tuple(r.tokens) for group in first for r in group}) == 6
+
+
+def test_logprobs_are_the_models(lm):
+    out = decode.generate(lm, PROMPTS[0], max_new_tokens=8, logprobs=3, drafter=DRAFTERS["pld"])
+    for token, (chosen, top) in zip(out.tokens, out.logprobs, strict=True):
+        assert len(top) == 3
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+        assert top[token] == chosen == max(top.values())
+
+
+def test_stream_adds_up_to_generate(lm):
+    for options in ({}, {"stop": _plain(lm, 0.0, False)[0].text[15:18]}, {"temperature": 0.9}):
+        whole = decode.generate(lm, PROMPTS[0], max_new_tokens=NUM_NEW, drafter="pld", **options)
+        pieces = list(decode.stream(lm, PROMPTS[0], max_new_tokens=NUM_NEW, drafter="pld", steps_per_piece=2, **options))
+        assert "".join(p.text for p in pieces) == whole.text
+        assert [t for p in pieces for t in p.tokens][: len(whole.tokens)] == whole.tokens
+        assert len(pieces) > 1
+
+
+def test_a_string_is_a_users_message(lm):
+    said = decode.generate(lm, "hello", max_new_tokens=3)
+    assert said.prompt_tokens == lm.tokenizer.chat([{"role": "user", "content": "hello"}])
+    assert decode.generate(lm, [{"role": "user", "content": "hello"}], max_new_tokens=3).tokens == said.tokens
+
+
+BAD = [
+    ({"prompt": []}, "empty"),
+    ({"prompt": ""}, "empty"),
+    ({"prompt": [3, 48]}, "token id 48 at index 1"),
+    ({"prompt": [3, -1]}, "token id -1"),
+    ({"prompt": [3] * 512}, "512 tokens"),
+    ({"prompt": 3.5}, "a prompt is"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+    ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0"),
+    ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"top_k": -1}, "top_k"),
+    ({"loop": "gpu"}, "'device' or 'host'"),
+    ({"stop": ""}, "stop string"),
+    ({"num_samples": 0}, "num_samples"),
+    ({"seed": [1, 2]}, "2 seeds were given for 1 prompts"),
+    ({"drafter": "magic"}, "unknown drafter 'magic'; there are: none, pld, hd"),
+    ({"drafter": "hd"}, "model database is missing"),
+    ({"drafter": "pld", "num_nodes": 1}, "num_nodes of at least 2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(lm, arguments, message):
+    arguments = {"prompt": [3, 4], **arguments}
+    with pytest.raises(ValueError, match=message):
+        decode.generate(lm, **arguments)
+
+
+def test_unknown_options_are_named(lm):
+    with pytest.raises(ValueError, match="pld has no option window; it has: max_ngram, num_nodes"):
+        decode.make_drafter(lm, "pld", window=3)
+
+
+def test_a_second_request_of_the_same_size_compiles_nothing(lm, caplog):
+    compiled = lambda: [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]  # noqa: E731
+    decode.generate(lm, PROMPTS[0], drafter="pld", max_new_tokens=20)
+    with jax.log_compiles():
+        decode.generate(lm, [4, 5, 6, 7], drafter=drafters.pld(), max_new_tokens=30, temperature=0.0, seed=3)
+        assert not compiled()
+        decode.generate(lm, [4, 5, 6, 7], drafter=drafters.pld(num_nodes=3), max_new_tokens=30)
+        assert len([m for m in compiled() if "run_steps" in m]) == 1
+        assert not [m for m in compiled() if "prefill" in m]
+
+
+def test_a_result_shows_itself_coloured(lm):
+    out = decode.generate(lm, PROMPTS[0], drafter="pld", max_new_tokens=NUM_NEW)
+    shown = out._repr_html_()
+    assert shown.count("<span") >= NUM_NEW
+    assert f"{NUM_NEW} tokens in {out.num_steps} steps" in shown
+    assert "".join(out.pieces()) == out.text == str(out)
+
+
+def test_draft_time_is_measured(lm):
+    assert decode.measure_draft_us(lm, DRAFTERS["hd"], PROMPTS[0], num_repeats=1) > 0
+    assert runner.num_slots(1) == runner.num_slots(100) < runner.num_slots(600)
