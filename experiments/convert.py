@@ -48,8 +48,10 @@ def convert(model: str, output: pathlib.Path, dtype: str | None) -> int:
         for path in folder.glob(pattern):
             if not path.name.endswith(".index.json"):  # The map of the shards that stay behind.
                 shutil.copyfile(path, output / path.name)
-    if chat.chat_template in tokenizer.TEMPLATES.values():  # Chosen by the model's name, which the new folder need not bear.
-        (output / "chat_template.jinja").write_text(chat.chat_template, encoding="utf-8")
+    template = chat.chat_template
+    if template is not None and template in tokenizer.TEMPLATES.values():
+        # Chosen by the model's name, which the new folder need not bear.
+        (output / "chat_template.jinja").write_text(template, encoding="utf-8")
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -76,10 +76,11 @@ def lookup(table: ContinuationTable, suffix: jax.Array) -> tuple[jax.Array, jax.
     bucket = (_hash(suffix[None, :])[0] & np.uint32(num_buckets - 1)).astype(jnp.int32)
     first, last = jax.lax.dynamic_slice_in_dim(table.bucket_starts, bucket, 2)
     rows = jax.lax.dynamic_slice_in_dim(table.keys, first, table.bucket_width)  # [W, k]
-    is_key = jnp.all(rows == suffix[None, :], axis=1) & (jnp.arange(table.bucket_width, dtype=jnp.int32) < last - first)
-    key = jnp.where(jnp.any(is_key), first + jnp.argmax(is_key).astype(jnp.int32), 0)
-    start, end = jax.lax.dynamic_slice_in_dim(table.entry_starts, key, 2)
-    is_entry = (jnp.arange(table.max_entries, dtype=jnp.int32) < end - start) & jnp.any(is_key)
+    places = jnp.arange(table.bucket_width, dtype=jnp.int32)
+    is_key = jnp.all(rows == suffix[None, :], axis=1) & (places < last - first)
+    key = jnp.max(jnp.where(is_key, first + places, -1))  # -1 for a suffix that is no key
+    start, end = jax.lax.dynamic_slice_in_dim(table.entry_starts, jnp.maximum(key, 0), 2)
+    is_entry = (jnp.arange(table.max_entries, dtype=jnp.int32) < end - start) & (key >= 0)
     cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, table.max_entries)  # noqa: E731
     return (
         jnp.where(is_entry[:, None], cut(table.continuations), NO_TOKEN),
