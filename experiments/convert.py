@@ -39,7 +39,7 @@ def convert(model: str, output: pathlib.Path, dtype: str | None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise ValueError(f"{output} cannot be written to")
-    chat = tokenizer.load(model)
+    chat = tokenizer.load(folder)
     if dtype is None:
         dtype = "bfloat16" if weights.stored_dtype(folder) == "bfloat16" else "float32"
     config, params = weights.load(folder, dtype)

@@ -17,6 +17,7 @@ import gzip
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +31,6 @@ from absl import flags, logging
 from experiments import program
 from hd_jax.models import llama, weights
 from hd_jax.models.config import ModelConfig
-
-_DATA = flags.DEFINE_string("data", None, "Folder with the training files.", required=True)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the tokenizer, checkpoints and the export.", required=True)
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Entries of the byte-level BPE tokenizer.", lower_bound=512)
-_HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 256, "Model width.")
-_INTERMEDIATE_SIZE = flags.DEFINE_integer("intermediate_size", 768, "Width of the feed-forward layers.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", 6, "Layers.")
-_NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Query heads.")
-_NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 2, "Key/value heads.")
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 512, "Tokens a sequence; longer records are left out.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 24, "Sequences a step.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 2000, "Steps in all.", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Peak rate of Muon (matrices).")
-_ADAM_LEARNING_RATE = flags.DEFINE_float("adam_learning_rate", 4e-3, "Peak rate of Adam (embeddings and norms).")
-_SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights and of the order of the data.")
 
 BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -331,9 +316,9 @@ def loss_fn(params, model: llama.Llama, batch: dict) -> tuple[jax.Array, jax.Arr
     segments = batch["segments"]
     causal = jnp.tril(jnp.ones((segments.shape[1], segments.shape[1]), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :])
-    hidden, _ = model.apply({"params": params}, batch["tokens"], batch["positions"], mask, method="hidden")
-    hidden = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
-    logits = model.apply({"params": params}, hidden, method="head")
+    out: Any = model.apply({"params": params}, batch["tokens"], batch["positions"], mask, method="hidden")
+    hidden = out[0].reshape(-1, out[0].shape[-1])[batch["where"]]
+    logits: Any = model.apply({"params": params}, hidden, method="head")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return jnp.sum(losses * batch["weight"]) / jnp.maximum(jnp.sum(batch["weight"]), 1), losses
 
@@ -384,38 +369,57 @@ def validate(params, model: llama.Llama, records: Sequence[Record], batch_size: 
     return out
 
 
+def define_flags() -> None:
+    """Defines the flags; a function, so that tests can import several programs."""
+    flags.DEFINE_string("data", None, "Folder with the training files.", required=True)
+    flags.DEFINE_string("output_dir", None, "Folder for the tokenizer, checkpoints and the export.", required=True)
+    flags.DEFINE_integer("vocab_size", 8192, "Entries of the byte-level BPE tokenizer.", lower_bound=512)
+    flags.DEFINE_integer("hidden_size", 256, "Model width.")
+    flags.DEFINE_integer("intermediate_size", 768, "Width of the feed-forward layers.")
+    flags.DEFINE_integer("num_layers", 6, "Layers.")
+    flags.DEFINE_integer("num_heads", 4, "Query heads.")
+    flags.DEFINE_integer("num_kv_heads", 2, "Key/value heads.")
+    flags.DEFINE_integer("sequence_length", 512, "Tokens a sequence; longer records are left out.")
+    flags.DEFINE_integer("batch_size", 24, "Sequences a step.")
+    flags.DEFINE_integer("num_steps", 2000, "Steps in all.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 0.02, "Peak rate of Muon (matrices).")
+    flags.DEFINE_float("adam_learning_rate", 4e-3, "Peak rate of Adam (embeddings and norms).")
+    flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.")
+    flags.DEFINE_integer("seed", 0, "Of the initial weights and of the order of the data.")
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    data, output = pathlib.Path(_DATA.value), pathlib.Path(_OUTPUT_DIR.value).absolute()
+    data, output = pathlib.Path(flags.FLAGS.data), pathlib.Path(flags.FLAGS.output_dir).absolute()
     training_files(data)
     export = output / "export"
     export.mkdir(parents=True, exist_ok=True)
     tokenizer_file = export / "tokenizer.json"
     if not tokenizer_file.exists():
         logging.info("training the tokenizer")
-        train_tokenizer(data, _VOCAB_SIZE.value).save(str(tokenizer_file))
+        train_tokenizer(data, flags.FLAGS.vocab_size).save(str(tokenizer_file))
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=_HIDDEN_SIZE.value,
-        intermediate_size=_INTERMEDIATE_SIZE.value,
-        num_layers=_NUM_LAYERS.value,
-        num_heads=_NUM_HEADS.value,
-        num_kv_heads=_NUM_KV_HEADS.value,
-        head_dim=_HIDDEN_SIZE.value // _NUM_HEADS.value,
+        hidden_size=flags.FLAGS.hidden_size,
+        intermediate_size=flags.FLAGS.intermediate_size,
+        num_layers=flags.FLAGS.num_layers,
+        num_heads=flags.FLAGS.num_heads,
+        num_kv_heads=flags.FLAGS.num_kv_heads,
+        head_dim=flags.FLAGS.hidden_size // flags.FLAGS.num_heads,
         max_context=2048,
         rms_norm_eps=1e-5,
         is_head_tied=True,
     )
     model = llama.Llama(config, training_dot_general, training_attend)
-    length, batch_size, num_steps = _SEQUENCE_LENGTH.value, _BATCH_SIZE.value, _NUM_STEPS.value
+    length, batch_size, num_steps = flags.FLAGS.sequence_length, flags.FLAGS.batch_size, flags.FLAGS.num_steps
     train = load_split(training_files(data), tokenizer, length)
     validation = load_split([data / "validation.jsonl.gz"], tokenizer, length)
     logging.info("%d training records, %d validation records", len(train), len(validation))
 
-    optimizer = make_optimizer(num_steps, _LEARNING_RATE.value, _ADAM_LEARNING_RATE.value)
+    optimizer = make_optimizer(num_steps, flags.FLAGS.learning_rate, flags.FLAGS.adam_learning_rate)
     ones = jnp.zeros((1, 1), jnp.int32)
-    params = model.init(jax.random.key(_SEED.value), ones, ones, jnp.ones((1, 1, 1), bool))["params"]
+    params = model.init(jax.random.key(flags.FLAGS.seed), ones, ones, jnp.ones((1, 1, 1), bool))["params"]
     state = {"params": params, "optimizer": optimizer.init(params)}
     logging.info("%d parameters", sum(leaf.size for leaf in jax.tree.leaves(params)))
 
@@ -431,24 +435,24 @@ def main(argv: Sequence[str]) -> None:
         if start:
             state = checkpoints.restore(start, args=ocp.args.StandardRestore(state))
             logging.info("going on from step %d", start)
-        source = batches(train, batch_size, length, _SEED.value, start)
+        source = batches(train, batch_size, length, flags.FLAGS.seed, start)
         progress = tqdm.tqdm(range(start, num_steps), initial=start, total=num_steps, unit="step")
         for step in progress:
             state, loss = train_step(state, next(source))
             if step % 10 == 0:
                 rate = progress.format_dict["rate"] or 0.0
                 progress.set_postfix(loss=f"{float(loss):.3f}", tokens_per_s=f"{rate * batch_size * length:.0f}")
-            if (step + 1) % _SAVE_EVERY.value == 0 or step + 1 == num_steps:
+            if (step + 1) % flags.FLAGS.save_every == 0 or step + 1 == num_steps:
                 checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
 
     losses = validate(state["params"], model, validation, batch_size, length)
     logging.info("validation loss, nats a token: %s", json.dumps(losses, indent=1))
     weights.export_hf(export, config, state["params"], tokenizer, chat_template=CHAT_TEMPLATE, bos=BOS, eos=EOS)
-    recipe = {
-        flag.name: flag.value for flag in flags.FLAGS.get_flags_for_module(__name__) if flag.name not in ("data", "output_dir")
-    }
+    settings = flags.FLAGS.get_flags_for_module("__main__")
+    recipe = {flag.name: flag.value for flag in settings if flag.name not in ("data", "output_dir")}
     (output / "training.json").write_text(json.dumps({"recipe": recipe, "validation_loss": losses}, indent=2))
 
 
 if __name__ == "__main__":
+    define_flags()
     program.run(main)

@@ -84,7 +84,7 @@ def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike 
       ValueError: no such method or option, an option out of range, or a database that is missing or is not for this model.
     """
     if not isinstance(databases, Databases):
-        folder = pathlib.Path(lm.folder) / DATABASES if databases is None else databases
+        folder = pathlib.Path(lm.folder) / DATABASES if databases is None else pathlib.Path(databases)
         databases = Databases(folder, lm.tokenizer.fingerprint)
     return drafters.make(name, databases, options)
 
@@ -134,7 +134,7 @@ def generate(
     options = Options(max_new_tokens, temperature, top_k, top_p, _strings(stop), logprobs, loop, exact)
     chosen = _choose(lm, drafter, num_nodes)
     is_batch = _is_batch(prompt)
-    prompts = [encode_prompt(lm, p) for p in (prompt if is_batch else [prompt])]
+    prompts = [encode_prompt(lm, p) for p in (list(prompt) if is_batch else [prompt])]
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
@@ -143,10 +143,8 @@ def generate(
     if not prompts:
         return []
     rows = [Row(p, s % 2**32, i) for p, s in zip(prompts, seeds, strict=True) for i in range(num_samples)]
-    results: list[Result] = []
-    for out in runner.run(lm, chosen, rows, options):
-        if isinstance(out, list):
-            results = out
+    *_, last = runner.run(lm, chosen, rows, options)
+    results = last.results
     grouped = [results[i : i + num_samples] for i in range(0, len(results), num_samples)]
     unwrapped = [group if num_samples > 1 else group[0] for group in grouped]
     return unwrapped if is_batch else unwrapped[0]
@@ -182,11 +180,11 @@ def stream(
     held = max((len(s) for s in strings), default=1) - 1
     text, num_tokens = "", 0
     for out in runner.run(lm, chosen, [row], Options(stop=strings, **options), sync_every=steps_per_piece):
-        if isinstance(out, list):
-            final = out[0]
+        if out.results:
+            final = out.results[0]
             if len(final.text) > len(text) or len(final.tokens) > num_tokens:
                 yield Piece(final.text[len(text) :], final.tokens[num_tokens:])
-        elif not out.is_finished[0]:
+        else:
             tokens = out.tokens[0]
             whole = lm.tokenizer.decode(tokens).rstrip("\ufffd")
             whole = whole[: max(len(whole) - held, len(text))]
@@ -194,7 +192,7 @@ def stream(
             text, num_tokens = whole, len(tokens)
 
 
-def encode_prompt(lm: LM, prompt: Prompt) -> list[int]:
+def encode_prompt(lm: LM, prompt: Any) -> list[int]:
     """The token ids of a prompt.
 
     Raises:
@@ -223,22 +221,24 @@ def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeat
     slots = runner.num_slots(len(tokens))
     buffer = jnp.asarray(np.pad(np.asarray(tokens, np.int32), (0, slots - len(tokens))))
     context = Context(buffer, jnp.int32(len(tokens)), jnp.int32(len(tokens)))
-    host = jax.tree.map(jnp.asarray, drafter.refresh(Context(*map(np.asarray, context[:3])))) if drafter.refresh else ()
+    fetched: Any = jax.tree.map(np.asarray, context)
+    host = jax.tree.map(jnp.asarray, drafter.refresh(fetched)) if drafter.refresh else ()
     num_iterations = 50
 
     @jax.jit
     def iterate(drafter: Drafter, context: Context, host: Any):
-        def body(_, state):
-            tree = drafter.draft(drafter.tables, state, context._replace(host=host))
+        def body(index, carry):
+            state, checksum = carry
+            # Every other time the text is a token shorter: what does not change would be hoisted out of the loop.
+            now = context._replace(length=jnp.maximum(context.length - index % 2, 1))
+            tree = drafter.draft(drafter.tables, state, now._replace(host=host))
             top = (drafter.num_nodes, drafter.num_top_logits)
             path = jnp.full(drafter.max_depth + 1, draft_tree.NO_NODE).at[0].set(draft_tree.ROOT_INDEX)
             feedback = Feedback(tree, tree.tokens, tree.tokens, jnp.zeros(top, jnp.int32), jnp.zeros(top), path, jnp.int32(1))
-            return drafter.update(drafter.tables, state, context, feedback)
+            state = drafter.update(drafter.tables, state, now, feedback)
+            return state, checksum + jnp.sum(tree.tokens * (tree.parents + 3))  # and what is not used, dropped
 
-        start = drafter.init(drafter.tables, context)
-        # The trees are part of the result, so that drafting is not optimised away.
-        last = jax.lax.fori_loop(0, num_iterations, body, start)
-        return last, drafter.draft(drafter.tables, last, context._replace(host=host))
+        return jax.lax.fori_loop(0, num_iterations, body, (drafter.init(drafter.tables, context), jnp.int32(0)))
 
     jax.block_until_ready(iterate(drafter, context, host))
     times = []
@@ -256,7 +256,7 @@ def _choose(lm: LM, drafter: str | Drafter | None, num_nodes: int | None) -> Dra
                 f"num_nodes {num_nodes} was given with a drafter that has {drafter.num_nodes}; set it where it is made"
             )
         return drafter
-    options = {} if num_nodes is None else {"num_nodes": num_nodes}
+    options: dict[str, Any] = {} if num_nodes is None else {"num_nodes": num_nodes}
     return make_drafter(lm, drafter or "none", **options)
 
 
@@ -278,6 +278,6 @@ def _is_batch(prompt: Any) -> bool:
 
 
 def _enable_compilation_cache() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "hd_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

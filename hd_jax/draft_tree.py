@@ -83,6 +83,12 @@ def merge(root: jax.Array, drafts: jax.Array, lengths: jax.Array, sources: jax.A
     )
 
 
+def padded(tree: DraftTree, num_nodes: int) -> DraftTree:
+    """The tree with unused places added up to `num_nodes`."""
+    blank = root_only(tree.tokens[ROOT_INDEX], num_nodes + 1)
+    return DraftTree(*(jnp.concatenate([a, b[a.shape[0] + 1 :]]) for a, b in zip(tree, blank, strict=True)))
+
+
 def join(first: DraftTree, second: DraftTree) -> DraftTree:
     """One tree with the nodes of both under the first's root; N is the sum less one. Equal tokens are not merged."""
     shift = first.tokens.shape[0] - 1

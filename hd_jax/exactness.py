@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,8 @@ def check(
     position = first_divergence(reference.tokens, candidate.tokens)
     if position == EQUAL:
         return Verdict()
-    where = f"token {position} differs: plain decoding has {_shown(reference, position)}, {drafter.name} {_shown(candidate, position)}"
+    tokens = [_shown(result, position) for result in (reference, candidate)]
+    where = f"token {position} differs: plain decoding has {tokens[0]}, {drafter.name} {tokens[1]}"
     if exact:
         return Verdict(position, False, message=f"{where}; exact mode allows no difference")
     if position >= min(len(reference.tokens), len(candidate.tokens)):
@@ -133,9 +135,9 @@ def _last_logits(lm: LM, width: int, prompt: Sequence[int], text: Sequence[int])
     return _chain_logits(lm.model, lm.params, cache, jnp.asarray(buffer), jnp.int32(first), jnp.int32(len(text)), width=width)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "width"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("model", "width"))
 def _chain_logits(model: Llama, params, cache, tokens: jax.Array, first: jax.Array, end: jax.Array, *, width: int) -> jax.Array:
-    """Feeds tokens[first:end] in chains of at most `width` nodes; the logits after the last. The cache is donated."""
+    """Feeds tokens[first:end] in chains of at most `width` nodes; the logits after the last."""
     chain = jnp.tril(jnp.ones((1, width, width), bool))
 
     def body(carry):
@@ -143,7 +145,8 @@ def _chain_logits(model: Llama, params, cache, tokens: jax.Array, first: jax.Arr
         count = jnp.minimum(end - start, width)
         piece = jax.lax.dynamic_slice(tokens, (0, start), (1, width))
         positions = start + jnp.arange(width)[None]
-        logits, rows = model.apply({"params": params}, piece, positions, chain, cache, start[None])
+        out: Any = model.apply({"params": params}, piece, positions, chain, cache, start[None])
+        logits, rows = out
         return start + count, loop.write_rows(cache, rows, start[None]), logits[0, count - 1]
 
     carry = (first, cache, jnp.zeros(model.config.vocab_size, jnp.float32))

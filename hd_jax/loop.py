@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from hd_jax import draft_tree, sampling, verify
-from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, UNUSED
+from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models.llama import Cache, Llama
 from hd_jax.sampling import Sampling, SamplingMode
@@ -121,8 +121,8 @@ def prefill(
         piece = jax.lax.dynamic_slice(tokens, (0, start), (num_rows, chunk_size))
         positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
         starts = jnp.broadcast_to(start, num_rows)
-        _, rows = model.apply({"params": params}, piece, positions, mask, cache, starts, method="hidden")
-        return write_rows(cache, rows, starts)
+        out: Any = model.apply({"params": params}, piece, positions, mask, cache, starts, method="hidden")
+        return write_rows(cache, out[1], starts)
 
     return jax.lax.fori_loop(0, num_chunks, body, cache)
 
@@ -153,10 +153,7 @@ def step(
     rows = jnp.arange(state.tokens.shape[0])
     contexts = _contexts(request, state, host)
     tree = jax.vmap(drafter.draft, in_axes=(None, 0, 0))(drafter.tables, state.drafter, contexts)
-    if settings.width > drafter.num_nodes:
-        spare = settings.width - drafter.num_nodes
-        fill = draft_tree.DraftTree(0, UNUSED, NO_SOURCE, False)
-        tree = jax.tree.map(lambda x, value: jnp.pad(x, ((0, 0), (0, spare)), constant_values=value), tree, fill)
+    tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, max(settings.width, drafter.num_nodes))
     ancestors = jax.vmap(draft_tree.ancestor_mask)(tree)
     depths = draft_tree.depths(ancestors)
     logits, new_rows = verification_pass(model, params, tree, ancestors, depths, state, settings.is_exact)

@@ -28,7 +28,7 @@ class Result:
       sources: per token, the database that drafted it, or "model only".
       source_counts: per source, {"proposed": [...], "accepted": [...]} nodes by depth, depth 1 first.
       compile_ms: spent on compilation, in none of the other times.
-      prefill_ms: of the prompt; for a batch, of all rows together.
+      prefill_ms: of the prompt, the drafter's start included; for a batch, of all rows together.
       decode_ms: of all steps; for a batch, of all rows together.
       logprobs: per token, (log-probability of the token, {token id: log-probability} of the likeliest); empty unless asked for.
     """

@@ -82,11 +82,12 @@ class Row:
 
 @dataclasses.dataclass
 class Progress:
-    """A run after a dispatch. `state` is what a session keeps at the end; it is not valid once the run goes on."""
+    """A run after a dispatch. The next dispatch takes `state` over: only the last one's stays valid."""
 
     tokens: list[list[int]]  # generated so far, per row
     is_finished: list[bool]
     state: loop.State
+    results: list[Result]  # of all rows with the last dispatch; empty before
 
 
 def num_slots(num_tokens: int) -> int:
@@ -104,11 +105,11 @@ def run(
     options: Options,
     *,
     sync_every: int = SYNC_EVERY,
-    cache: Cache | None = None,
+    kept_cache: Cache | None = None,
     num_cached: int = 0,
     kept_drafter_state: Any = None,
-) -> Iterator[Progress | list[Result]]:
-    """Decodes the rows as one batch: yields Progress after every dispatch of steps, and the Results last.
+) -> Iterator[Progress]:
+    """Decodes the rows as one batch: yields Progress after every dispatch of steps, the last one with the Results.
 
     Args:
       lm: the model.
@@ -116,7 +117,7 @@ def run(
       rows: their prompts must be checked (`check_prompt`).
       options: for all rows.
       sync_every: steps a dispatch; loop="host" always dispatches one.
-      cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
+      kept_cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
       num_cached: at most the prompt's length less one.
       kept_drafter_state: of an earlier request, for the drafter to renew.
     """
@@ -126,13 +127,11 @@ def run(
         raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
     lengths = [len(row.prompt) for row in rows]
     slots = num_slots(max(_limit(lm, row, options) for row in rows))
-    if cache is None:
-        cache = empty_cache(lm.config, len(rows), slots)
-    elif cache[0][0].shape[2] < slots:
-        extra = slots - cache[0][0].shape[2]
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), cache)
-    else:
-        slots = cache[0][0].shape[2]
+    cache = empty_cache(lm.config, len(rows), slots) if kept_cache is None else kept_cache
+    room = cache[0][0].shape[2]
+    if room < slots:
+        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - room), (0, 0))), cache)
+    slots = max(room, slots)
     buffer = np.zeros((len(rows), slots), np.int32)
     for index, row in enumerate(rows):
         buffer[index, : len(row.prompt)] = row.prompt
@@ -158,22 +157,24 @@ def run(
             lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), sync_every=sync_every
         )
 
-    clock = time.perf_counter()
-    cache = fill(cache, 0)  # compiles, if this is the first of its kind
-    drafter_state = loop.init_drafter(drafter, request, tokens, kept_drafter_state)
-    state = loop.start(drafter, request, cache, tokens, drafter_state, options.logprobs)
+    def init() -> Any:
+        return loop.init_drafter(drafter, request, tokens, kept_drafter_state)
+
+    clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
+    cache = fill(cache, 0)
+    state = loop.start(drafter, request, cache, tokens, init(), options.logprobs)
     state, record = dispatch(state, 0)
     jax.block_until_ready(state)
     compile_ms, clock = _lap(clock)
-    state = state._replace(cache=fill(state.cache, num_chunks))
-    jax.block_until_ready(state.cache)
+    state = state._replace(cache=fill(state.cache, num_chunks), drafter=init())
+    jax.block_until_ready(state)
     prefill_ms, clock = _lap(clock)
 
     accept_lengths: list[list[int]] = [[] for _ in rows]
     num_nodes = [0] * len(rows)
     stopped_at: list[int | None] = [None] * len(rows)  # generated tokens up to the end of a stop string
     decode_ms = 0.0
-    is_done = bool(np.all(np.asarray(state.is_finished)))
+    is_done = False
     while not is_done:
         state, record = dispatch(state, sync_every)
         appended, nodes = np.asarray(record.num_appended), np.asarray(record.num_nodes)
@@ -190,38 +191,35 @@ def run(
             state = state._replace(is_finished=jnp.asarray(is_finished))
             generated = [ids[:end] for ids, end in zip(generated, stopped_at, strict=True)]
         is_done = bool(np.all(is_finished))
-        lap_ms, _ = _lap(clock)
-        decode_ms += lap_ms
-        yield Progress(generated, [bool(x) for x in is_finished], state)
+        decode_ms += _lap(clock)[0]
+        results = []
+        if is_done:
+            times = (compile_ms, prefill_ms, decode_ms)
+            logprobs = jax.tree.map(np.asarray, state.logprobs)
+            sources, counts = np.asarray(state.sources), np.asarray(state.counts)
+            for index, (row, start) in enumerate(zip(rows, lengths, strict=True)):
+                results.append(
+                    _result(
+                        lm,
+                        drafter,
+                        row,
+                        generated[index],
+                        stopped_at[index] is not None,
+                        options,
+                        accept_lengths[index],
+                        num_nodes[index],
+                        sources[index, start:],
+                        counts[index],
+                        jax.tree.map(lambda x, i=index, start=start: x[i, start:], logprobs),
+                        times,
+                    )
+                )
+        yield Progress(generated, [bool(x) for x in is_finished], state, results)
         clock = time.perf_counter()
 
-    times = (compile_ms, prefill_ms, decode_ms)
-    generated = _generated(state, lengths)
-    logprobs = None if state.logprobs is None else jax.tree.map(np.asarray, state.logprobs)
-    sources, counts = np.asarray(state.sources), np.asarray(state.counts)
-    results = []
-    for index, row in enumerate(rows):
-        results.append(
-            _result(
-                lm,
-                drafter,
-                row,
-                generated[index],
-                stopped_at[index],
-                options,
-                accept_lengths[index],
-                num_nodes[index],
-                sources[index, lengths[index] :],
-                counts[index],
-                None if logprobs is None else jax.tree.map(lambda x, i=index: x[i, lengths[i] :], logprobs),
-                times,
-            )
-        )
-    yield results
 
-
-def check_prompt(lm: LM, tokens: Sequence[int]) -> list[int]:
-    """The ids as ints.
+def check_prompt(lm: LM, tokens: Any) -> list[int]:
+    """A sequence of token ids as a list of ints.
 
     Raises:
       ValueError: the prompt is empty, holds an id outside the vocabulary, or leaves no room for an answer.
@@ -310,7 +308,7 @@ def _result(
     drafter: Drafter,
     row: Row,
     tokens: list[int],
-    stopped_at: int | None,
+    is_stopped: bool,
     options: Options,
     accept_lengths: list[int],
     num_nodes: int,
@@ -319,9 +317,8 @@ def _result(
     logprobs: loop.Logprobs | None,
     times: tuple[float, float, float],
 ) -> Result:
-    tokens = tokens[:stopped_at]
     steps = accept_lengths
-    if stopped_at is not None:  # Steps beyond the stop string do not count, and its step counts what it kept.
+    if is_stopped:  # Steps beyond the stop string do not count, and its step counts what it kept.
         steps, left = [], len(tokens)
         for count in accept_lengths:
             if left > 0:
@@ -330,9 +327,9 @@ def _result(
     is_stop_token = bool(tokens) and tokens[-1] in lm.tokenizer.eos_ids
     text = lm.tokenizer.decode(tokens[:-1] if is_stop_token else tokens)
     found = [text.index(s) for s in options.stop if s in text]
-    if stopped_at is not None and found:
+    if is_stopped and found:
         text = text[: min(found)]
-    if is_stop_token or stopped_at is not None:
+    if is_stop_token or is_stopped:
         reason = "stop"
     else:
         reason = "length" if len(tokens) >= options.max_new_tokens else "context"

@@ -60,21 +60,16 @@ class Session:
             self.drafter,
             [Row(prompt, seed % 2**32)],
             checked,
-            cache=cache,
+            kept_cache=cache,
             num_cached=num_cached,
             kept_drafter_state=self._drafter_state,
         )
-        result = None
-        for out in run:
-            if isinstance(out, list):
-                result = out[0]
-            else:
-                last = out.state
-        assert result is not None
-        self._cache = last.cache
-        self._cached_tokens = np.asarray(last.tokens)[0, : int(last.lengths[0]) - 1].tolist()
+        *_, last = run
+        result, state = last.results[0], last.state
+        self._cache = state.cache
+        self._cached_tokens = np.asarray(state.tokens)[0, : int(state.lengths[0]) - 1].tolist()
         if self.drafter.renew is not None:
-            self._drafter_state = last.drafter
+            self._drafter_state = state.drafter
         self.messages = [*messages, {"role": "assistant", "content": result.text}]
         return result
 

@@ -68,7 +68,9 @@ def python_pld(num_tokens: int = 4) -> Drafter:
         tokens, length, at = context.host
         return draft_tree.from_chain(context.root, tokens, jnp.where(at == context.length, length, 0))
 
-    return Drafter("python", num_nodes=num_tokens + 1, max_depth=num_tokens, source_names=("context",), draft=draft, refresh=refresh)
+    return Drafter(
+        "python", num_nodes=num_tokens + 1, max_depth=num_tokens, source_names=("context",), draft=draft, refresh=refresh
+    )
 
 
 DRAFTERS = {
@@ -84,7 +86,8 @@ DRAFTERS = {
 def _plain(lm, temperature: float, exact: bool, prompts: tuple[int, ...] = (0, 1, 2), **options):
     """Plain decoding, one prompt at a time."""
     return [
-        decode.generate(lm, PROMPTS[i], max_new_tokens=NUM_NEW, temperature=temperature, seed=i, exact=exact, **options) for i in prompts
+        decode.generate(lm, PROMPTS[i], max_new_tokens=NUM_NEW, temperature=temperature, seed=i, exact=exact, **options)
+        for i in prompts
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +77,7 @@ def test_walk_on_random_trees():
         found = walk(tree, ancestors, jnp.asarray(targets), n)
         assert int(found.num_accepted) == _slow_walk(tree, targets)
         nodes = [x for x in found.nodes.tolist() if x != NO_NODE]
-        for parent, child in zip(nodes, nodes[1:], strict=False):
+        for parent, child in itertools.pairwise(nodes):
             assert parents[child] == parent and int(tree.tokens[child]) == targets[parent]
         deep += len(nodes) > 2
     assert deep > 30

@@ -14,8 +14,8 @@ from hd_jax.drafters.base import Drafter
 def pld(max_ngram: int = 3, num_nodes: int = 11) -> Drafter:
     """PLD as Spec-Bench runs it.
 
-    The text's last `max_ngram` tokens are looked up in the text itself; its first occurrence that is followed by
-    `num_nodes - 1` committed tokens is the draft: they are its tokens. If there is none, the last `max_ngram - 1` tokens are tried, and so on.
+    The text's last `max_ngram` tokens are looked up in the text itself. The draft is what follows their first occurrence
+    that `num_nodes - 1` committed tokens follow. If there is none, the last `max_ngram - 1` tokens are tried, and so on.
 
     Args:
       max_ngram: longest suffix that is looked up, in tokens.
