@@ -153,14 +153,14 @@ def write(
         *([f"Left out, as their prompts do not fit the context ({len(skipped)}): {'; '.join(skipped)}"] if skipped else []),
     ]
     tables = [(caption, note, *_grid(rows, kind)) for kind, (caption, note) in _TABLES.items()]
-    markdown = [f"# {title}", *(f"- {note}" for note in notes)]
+    lines = [f"# {title}", *(f"- {note}" for note in notes)]
     for caption, note, head, body in tables:
-        markdown += [f"\n## {caption}\n\n{note}\n", _markdown(head, body)]
-    markdown += ["\n## Acceptance by source, overall\n", "Nodes accepted over nodes proposed, by depth in the tree.\n"]
-    markdown += [_markdown(*_acceptance_grid(rows))]
-    markdown += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in ("speedup", "tokens_per_step", "acceptance"))]
-    write_file(folder / "report.md", "\n".join(markdown) + "\n")
-    text = [f"{caption} ({note})\n{_aligned(head, body)}\n" for caption, note, head, body in tables]
+        lines += [f"\n## {caption}\n\n{note}\n", markdown(head, body)]
+    lines += ["\n## Acceptance by source, overall\n", "Nodes accepted over nodes proposed, by depth in the tree.\n"]
+    lines += [markdown(*_acceptance_grid(rows))]
+    lines += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in ("speedup", "tokens_per_step", "acceptance"))]
+    write_file(folder / "report.md", "\n".join(lines) + "\n")
+    text = [f"{caption} ({note})\n{aligned(head, body)}\n" for caption, note, head, body in tables]
     return "\n".join([*text, *(textwrap.fill(note, TERMINAL_WIDTH) for note in notes)])
 
 
@@ -218,7 +218,7 @@ def _acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     return ["method", "source", *(f"depth {d}" for d in range(1, depth + 1))], body
 
 
-def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need; the first is cut so that a line fits the terminal."""
     widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
     widths[0] = min(widths[0], max(8, TERMINAL_WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)))
@@ -229,7 +229,7 @@ def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(line) for line in lines)
 
 
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
 

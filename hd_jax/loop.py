@@ -27,8 +27,6 @@ from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models.llama import Cache, Llama
 from hd_jax.sampling import Sampling, SamplingMode
 
-MAX_STOP_TOKENS = 8  # places for token ids that end a text
-
 
 class StepSettings(NamedTuple):
     """Static settings of a compiled step."""
@@ -45,7 +43,7 @@ class Request(NamedTuple):
     sampling: Sampling
     prompt_lengths: jax.Array  # int32[B]
     limits: jax.Array  # int32[B], the length at which a row ends: prompt + max_new_tokens, or the cache's end
-    stop_tokens: jax.Array  # int32[B, MAX_STOP_TOKENS], then NO_TOKEN
+    stop_tokens: jax.Array  # int32[B, any], ids that end a text
 
 
 class Logprobs(NamedTuple):

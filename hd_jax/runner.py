@@ -50,6 +50,7 @@ class Options:
     logprobs: int = 0
     loop: str = "device"
     exact: bool = False
+    ends_at_stop_tokens: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -241,14 +242,12 @@ def check_prompt(lm: LM, tokens: Any) -> list[int]:
 
 def request_of(lm: LM, rows: Sequence[Row], options: Options) -> loop.Request:
     """The rows as the loop takes them, [B] each."""
-    stop = lm.tokenizer.eos_ids[: loop.MAX_STOP_TOKENS]
-    stop_tokens = np.full((len(rows), loop.MAX_STOP_TOKENS), NO_TOKEN, np.int32)
-    stop_tokens[:, : len(stop)] = stop
+    stop = list(lm.tokenizer.eos_ids) if options.ends_at_stop_tokens else []
     return loop.Request(
         sampling=sampling_of(rows, options),
         prompt_lengths=jnp.asarray([len(row.prompt) for row in rows], jnp.int32),
         limits=jnp.asarray([_limit(lm, row, options) for row in rows], jnp.int32),
-        stop_tokens=jnp.asarray(stop_tokens),
+        stop_tokens=jnp.asarray([stop or [NO_TOKEN]] * len(rows), jnp.int32),
     )
 
 
