@@ -111,14 +111,15 @@ def _acceptance(turns: Sequence[dict]) -> dict[str, dict[str, list[int]]]:
     return out
 
 
+def is_looping(tokens: Sequence[int]) -> bool:
+    """Whether an n-gram of LOOP_NGRAM tokens occurs twice."""
+    ngrams = [tuple(tokens[i : i + LOOP_NGRAM]) for i in range(len(tokens) - LOOP_NGRAM + 1)]
+    return len(set(ngrams)) < len(ngrams)
+
+
 def loop_share(answers: Sequence[Answer]) -> float:
-    """Answers that repeat an n-gram of LOOP_NGRAM tokens, over all answers (turns). Loops flatter every drafter."""
+    """Answers (turns) that loop, over all. Loops flatter every drafter."""
     turns = [turn["tokens"] for answer in answers for turn in answer["hd_jax"]["turns"]]
-
-    def is_looping(tokens: Sequence[int]) -> bool:
-        ngrams = [tuple(tokens[i : i + LOOP_NGRAM]) for i in range(len(tokens) - LOOP_NGRAM + 1)]
-        return len(set(ngrams)) < len(ngrams)
-
     return sum(map(is_looping, turns)) / len(turns)
 
 

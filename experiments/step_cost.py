@@ -108,7 +108,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--nodes={','.join(values.nodes)}: sizes are from 1 to {runner.RESERVE}")
     lm = decode.load(values.model, dtype=values.dtype)
     if values.context + values.num_steps > lm.max_context:
-        raise ValueError(f"--context={values.context} and {values.num_steps} steps exceed the model's context of {lm.max_context}")
+        raise ValueError(
+            f"--context={values.context} and {values.num_steps} steps exceed the model's context of {lm.max_context}"
+        )
     measures: dict[str, Callable[[], float]] = {
         f"{n} nodes": functools.partial(step_ms, lm, n, values.context, values.num_steps) for n in sizes
     }
@@ -131,7 +133,13 @@ def main(argv: Sequence[str]) -> None:
     if values.output_dir:
         folder = pathlib.Path(values.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"model": values.model or "embedded", "facts": facts, "context": values.context, "median_ms": medians, "ms": times}
+        record = {
+            "model": values.model or "embedded",
+            "facts": facts,
+            "context": values.context,
+            "median_ms": medians,
+            "ms": times,
+        }
         report.write_file(folder / "step_cost.json", json.dumps(record, indent=1) + "\n")
         report.write_file(folder / "step_cost.md", f"# Cost of a step\n\n{facts}\n\n{report.markdown(head, body)}\n")
         print(f"Written to {folder}")

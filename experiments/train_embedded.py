@@ -28,7 +28,8 @@ import tokenizers
 import tqdm
 from absl import flags, logging
 
-from experiments import program
+from experiments import program, report
+from hd_jax import decode
 from hd_jax.models import llama, weights
 from hd_jax.models.config import ModelConfig
 
@@ -40,26 +41,30 @@ CHAT_TEMPLATE = (
 )
 
 # How often a record of a source is used in one pass over the data (fractions: that share of its records). Short
-# instructions and answers would otherwise drown in task dialogues, command-line pages and trivia. A source that is
-# not named counts once. The T0 slices are left out: their licences are not stated at the source.
+# instructions and answers would otherwise drown in task dialogues and command-line pages, and every answer would be that
+# to a trivia question. A source that is not named counts once. The T0 slices are left out: their licences are not stated
+# at the source.
 SOURCE_WEIGHTS = {
     "yizhongw/self-instruct T0": 0.0,
-    "google-research-datasets/dstc8": 0.25,
-    "google-research-datasets/Taskmaster": 0.5,
+    "google-research-datasets/dstc8": 0.15,
+    "google-research-datasets/Taskmaster": 0.3,
     "alexa/Topical-Chat": 0.7,
-    "teknium1/GPTeacher": 2.0,
-    "LAION-AI/Open-Assistant": 2.0,
-    "yizhongw/self-instruct data": 2.0,
-    "tldr-pages": 0.25,
+    "teknium1/GPTeacher": 3.0,
+    "LAION-AI/Open-Assistant": 4.0,
+    "yizhongw/self-instruct data": 4.0,
+    "tldr-pages": 0.15,
     "openai/grade-school-math": 2.0,
-    "Yale-LILY/FeTaQA": 2.0,
-    "IBM/mt-rag": 2.0,
-    "deepset-ai/COVID-QA": 2.0,
-    "pubmedqa": 2.0,
-    "primeqa/clapnq": 2.0,
-    "allenai/scitldr": 2.0,
-    "lauramanor": 2.0,
-    "Yale-LILY/QMSum": 2.0,
+    "arkilpatel/SVAMP": 0.5,
+    "uberspot/OpenTriviaQA": 0.2,
+    "jhamburg/dats6450_nlp": 0.5,
+    "Yale-LILY/FeTaQA": 3.0,
+    "IBM/mt-rag": 3.0,
+    "deepset-ai/COVID-QA": 3.0,
+    "pubmedqa": 3.0,
+    "primeqa/clapnq": 3.0,
+    "allenai/scitldr": 3.0,
+    "lauramanor": 3.0,
+    "Yale-LILY/QMSum": 3.0,
 }
 
 
@@ -369,6 +374,26 @@ def validate(params, model: llama.Llama, records: Sequence[Record], batch_size: 
     return out
 
 
+def loop_shares(
+    folder: pathlib.Path, paths: Sequence[pathlib.Path], num_prompts: int, batch_size: int = 16
+) -> dict[str, float]:
+    """Of the model's greedy answers (128 tokens) to first turns, those that repeat an 8-gram over all, by task.
+
+    The prompts are evenly spread over the files' records; plain texts have none.
+    """
+    lm = decode.load(folder)
+    raw = [r for path in paths for r in read_records(path) if "turns" in r and source_weight(r["source"]) > 0]
+    raw = [r for r in raw if len(lm.tokenizer.chat(r["turns"][:1])) <= 384]
+    chosen = [raw[i * len(raw) // num_prompts] for i in range(min(num_prompts, len(raw)))]
+    found: dict[str, list[bool]] = {}
+    for first in tqdm.tqdm(range(0, len(chosen), batch_size), desc="answering", unit="batch"):
+        batch = chosen[first : first + batch_size]
+        for record, result in zip(batch, decode.generate(lm, [r["turns"][:1] for r in batch]), strict=True):
+            found.setdefault(record["task"], []).append(report.is_looping(result.tokens))
+    found["overall"] = [x for values in found.values() for x in values]
+    return {task: sum(values) / len(values) for task, values in found.items()}
+
+
 def define_flags() -> None:
     """Defines the flags; a function, so that tests can import several programs."""
     flags.DEFINE_string("data", None, "Folder with the training files.", required=True)
@@ -385,6 +410,9 @@ def define_flags() -> None:
     flags.DEFINE_float("learning_rate", 0.02, "Peak rate of Muon (matrices).")
     flags.DEFINE_float("adam_learning_rate", 4e-3, "Peak rate of Adam (embeddings and norms).")
     flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.")
+    flags.DEFINE_integer(
+        "num_loop_prompts", 320, "Validation prompts whose greedy answers are checked for loops.", lower_bound=1
+    )
     flags.DEFINE_integer("seed", 0, "Of the initial weights and of the order of the data.")
 
 
@@ -448,9 +476,13 @@ def main(argv: Sequence[str]) -> None:
     losses = validate(state["params"], model, validation, batch_size, length)
     logging.info("validation loss, nats a token: %s", json.dumps(losses, indent=1))
     weights.export_hf(export, config, state["params"], tokenizer, chat_template=CHAT_TEMPLATE, bos=BOS, eos=EOS)
+    shares = loop_shares(export, [data / "validation.jsonl.gz"], flags.FLAGS.num_loop_prompts)
+    logging.info("share of greedy answers that repeat an 8-gram: %s", json.dumps(shares, indent=1))
     settings = flags.FLAGS.get_flags_for_module("__main__")
     recipe = {flag.name: flag.value for flag in settings if flag.name not in ("data", "output_dir")}
-    (output / "training.json").write_text(json.dumps({"recipe": recipe, "validation_loss": losses}, indent=2))
+    (output / "training.json").write_text(
+        json.dumps({"recipe": recipe, "validation_loss": losses, "loop_share": shares}, indent=2)
+    )
 
 
 if __name__ == "__main__":

@@ -278,6 +278,6 @@ def _is_batch(prompt: Any) -> bool:
 
 
 def _enable_compilation_cache() -> None:
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 - it is not in the type stubs
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "hd_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
