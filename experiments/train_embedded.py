@@ -252,9 +252,9 @@ def _half(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16)
 
 
-def training_dot_general(x, w, contract, preferred_element_type=None):
+def training_dot_general(x, w, contract, precision, preferred_element_type):
     """The model's product with bfloat16 operands, forwards and backwards: several times faster on CPUs with matrix units."""
-    del contract, preferred_element_type
+    del contract, precision, preferred_element_type
     return _product(x, w)
 
 

@@ -66,8 +66,6 @@ def load(name: str | os.PathLike | None = None, *, dtype: str | None = None, max
     tokenizer = tokenizers.load(folder)
     if max_context is not None and not 1 < max_context <= config.max_context:
         raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")
-    if config.dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
     return LM(config, Llama(config), params, tokenizer, str(folder), max_context or config.max_context)
 
 

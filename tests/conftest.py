@@ -1,10 +1,6 @@
-"""Small models for the tests. Everything here is strict: promotions raise, and several host devices stand ready."""
+"""Small models for the tests."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +9,6 @@ import pytest
 from hd_jax.models import llama
 from hd_jax.models.config import ModelConfig
 from hd_jax.runner import LM
-
-jax.config.update("jax_default_matmul_precision", "highest")
 
 
 class LetterTokenizer:

@@ -33,6 +33,9 @@ import jax.numpy as jnp
 
 from hd_jax.models.config import ModelConfig, RopeConfig
 
+# Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
+PRECISION = jax.lax.Precision.HIGHEST
+
 # One (keys, values) pair a layer, each of the model's dtype: [B, K, S, D] in a cache, [B, K, T, D] for new tokens.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
@@ -113,14 +116,18 @@ def attend(
 
     lowest = jnp.finfo(accumulate_dtype).min
     scores = [
-        jnp.where(mask, jnp.einsum("bkgtd,bksd->bkgts", wide(q), wide(k), preferred_element_type=accumulate_dtype), lowest)
+        jnp.where(
+            mask,
+            jnp.einsum("bkgtd,bksd->bkgts", wide(q), wide(k), precision=PRECISION, preferred_element_type=accumulate_dtype),
+            lowest,
+        )
         for k, _, mask in blocks
     ]
     peak = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
     weights = [jnp.exp(s - peak) for s in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     values = sum(
-        jnp.einsum("bkgts,bksd->bkgtd", w, wide(v), preferred_element_type=accumulate_dtype)
+        jnp.einsum("bkgts,bksd->bkgtd", w, wide(v), precision=PRECISION, preferred_element_type=accumulate_dtype)
         for w, (_, v, _) in zip(weights, blocks, strict=True)
     )
     out = jnp.divide(values, total).astype(new[0].dtype)
@@ -139,7 +146,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
         weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
-        out = self.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        out = self.dot_general(
+            x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=PRECISION, preferred_element_type=jnp.float32
+        )
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype).astype(jnp.float32)
         return out.astype(self.dtype)
@@ -269,7 +278,7 @@ class Llama(nn.Module):
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32[..., V], of hidden states [..., E]."""
         contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return self.dot_general(hidden, self.lm_head, contract, preferred_element_type=jnp.float32)
+        return self.dot_general(hidden, self.lm_head, contract, precision=PRECISION, preferred_element_type=jnp.float32)
 
     def __call__(self, *args, **kwargs) -> tuple[jax.Array, Cache]:
         """Logits float32[B, T, V] and the new tokens' keys and values; see `hidden` for the arguments."""
