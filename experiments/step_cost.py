@@ -61,7 +61,7 @@ def transformers_step(folder: str, context: int, num_steps: int) -> tuple[Callab
         from transformers import AutoModelForCausalLM, DynamicCache
     except ImportError as error:
         raise ValueError(f"--transformers needs torch, which hd_jax itself does not: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = torch.tensor([[(7 * i) % model.config.vocab_size for i in range(context)]])
 
     def forward() -> float:

@@ -140,6 +140,25 @@ def verification_pass(model: Llama, params: Any, tree, ancestors, depths, state:
     return jax.lax.optimization_barrier(out)
 
 
+def _put(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes [B, P, ...] values into [B, S, ...] at each row's slot."""
+    put = lambda b, v, slot: jax.lax.dynamic_update_slice(b, v, (slot,) + (0,) * (b.ndim - 1))  # noqa: E731
+    return jax.vmap(put)(buffer, values, slots)
+
+
+def _count(counts: jax.Array, kind: int, sources: jax.Array, depths: jax.Array, is_counted: jax.Array) -> jax.Array:
+    """Adds one for each of [B, any] nodes that is counted; `kind` 0 is proposed, 1 accepted."""
+    rows = jnp.arange(counts.shape[0])[:, None]
+    return counts.at[rows, kind, jnp.maximum(sources, 0), depths].add(is_counted.astype(jnp.int32), mode="drop")
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array, num_top: int) -> Logprobs:
+    """Of int32[B, P] tokens after nodes with float32[B, P, V] logits."""
+    found = jax.nn.log_softmax(logits, axis=-1)
+    top, top_tokens = jax.lax.top_k(found, num_top)
+    return Logprobs(jnp.take_along_axis(found, tokens[:, :, None], axis=-1)[..., 0], top, top_tokens)
+
+
 def step(
     model: Llama, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
 ) -> tuple[State, jax.Array, jax.Array]:
@@ -148,7 +167,6 @@ def step(
     Returns:
       The state, the number of tokens appended and that of draft nodes verified: int32[B] each.
     """
-    rows = jnp.arange(state.tokens.shape[0])
     contexts = _contexts(request, state, host)
     tree = jax.vmap(drafter.draft, in_axes=(None, 0, 0))(drafter.tables, state.drafter, contexts)
     tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, max(settings.width, drafter.num_nodes))
@@ -166,33 +184,27 @@ def step(
     num_appended = jnp.minimum(jnp.minimum(path.num_accepted, first_stop) + 1, request.limits - state.lengths)
     num_appended = jnp.where(state.is_finished, 0, num_appended)
 
-    # The path's rows lie next to each other when they are written: the only write to the cache in a step.
-    picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
-    put = jax.vmap(lambda buffer, new, slot: jax.lax.dynamic_update_slice(buffer, new, (slot,) + (0,) * (buffer.ndim - 1)))
-    is_draft = place < path.num_accepted[:, None]
-    child = jnp.roll(nodes, -1, axis=1)
-    child_source = jnp.where(is_draft, jnp.take_along_axis(tree.sources, child, axis=1), NO_SOURCE)
     lengths = state.lengths + num_appended
     is_stopped = first_stop < num_appended
-    is_proposed = (tree.parents >= 0) & ~tree.is_window & ~state.is_finished[:, None]
-    is_kept = is_draft & (place < num_appended[:, None])
-    counts = state.counts
-    counts = counts.at[rows[:, None], 0, jnp.maximum(tree.sources, 0), depths].add(is_proposed)
-    counts = counts.at[rows[:, None], 1, jnp.maximum(child_source, 0), place + 1].add(is_kept, mode="drop")
+
+    # The path's rows lie next to each other when they are written: the only write to the cache in a step.
+    picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
+    is_draft = place < path.num_accepted[:, None]
+    child_sources = jnp.take_along_axis(tree.sources, jnp.roll(nodes, -1, axis=1), axis=1)  # of the node of each token
+    sources = jnp.where(is_draft, child_sources, NO_SOURCE)
+    is_verified = (tree.parents >= 0) & ~state.is_finished[:, None]
+    counts = _count(state.counts, 0, tree.sources, depths, is_verified & ~tree.is_window)
+    counts = _count(counts, 1, sources, jnp.broadcast_to(place + 1, sources.shape), is_draft & (place < num_appended[:, None]))
     logprobs = state.logprobs
     if logprobs is not None:
-        path_logprobs = jax.nn.log_softmax(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), axis=-1)
-        top, top_tokens = jax.lax.top_k(path_logprobs, settings.num_logprobs)
-        chosen = jnp.take_along_axis(path_logprobs, appended[:, :, None], axis=-1)[..., 0]
-        logprobs = Logprobs(
-            *(put(old, new, state.lengths) for old, new in zip(logprobs, (chosen, top, top_tokens), strict=True))
-        )
+        new = _logprobs(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), appended, settings.num_logprobs)
+        logprobs = jax.tree.map(lambda buffer, values: _put(buffer, values, state.lengths), logprobs, new)
     state = state._replace(
         cache=write_rows(state.cache, picked, state.lengths - 1),
-        tokens=put(state.tokens, appended, state.lengths),
+        tokens=_put(state.tokens, appended, state.lengths),
         lengths=lengths,
         is_finished=state.is_finished | is_stopped | (lengths >= request.limits),
-        sources=put(state.sources, child_source.astype(jnp.int8), state.lengths),
+        sources=_put(state.sources, sources.astype(jnp.int8), state.lengths),
         counts=counts,
         logprobs=logprobs,
     )
@@ -209,7 +221,7 @@ def step(
     )
     update = jax.vmap(drafter.update, in_axes=(None, 0, 0, 0))
     drafter_state = update(drafter.tables, state.drafter, _contexts(request, state, ()), feedback)
-    return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_proposed | (tree.is_window), axis=1)
+    return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_verified, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state")
