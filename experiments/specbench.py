@@ -133,8 +133,8 @@ class Bench:
         )
         return [out] if is_single else out
 
-    def verify(self, label: str, reference: Any, candidate: Any, seed: int) -> dict[str, Any]:
-        """The Verdict on a Result of a method against plain decoding's, as a dictionary."""
+    def verify(self, label: str, reference: Any, candidate: Any, seed: int, num_rows: int) -> dict[str, Any]:
+        """The Verdict on a Result of a method, decoded in a batch of so many rows, against plain decoding's; a dictionary."""
         config = self.config
         verdict = self.library.check(
             self.lm,
@@ -144,6 +144,7 @@ class Bench:
             temperature=config.temperature,
             seed=seed,
             exact=config.exact,
+            num_rows=num_rows,
         )
         kept = ("is_equal", "is_explained", "position", "gap", "tolerance", "message")
         return {name: getattr(verdict, name) for name in kept}
@@ -170,7 +171,7 @@ class Bench:
             for row, result in enumerate(self.generate(label, prompts, seeds)):
                 expected = answers.tokens(plain[row], turn) if plain else result.tokens
                 reference = dataclasses.replace(result, tokens=expected)
-                verdicts[row].append(self.verify(label, reference, result, seeds[row]))
+                verdicts[row].append(self.verify(label, reference, result, seeds[row], len(batch)))
                 results[row].append(result)
         draft_us: list[float | None] = [None] * len(batch)
         if is_draft_timed:

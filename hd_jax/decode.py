@@ -26,7 +26,7 @@ from hd_jax.models import tokenizer as tokenizers
 from hd_jax.models import weights
 from hd_jax.models.llama import Llama
 from hd_jax.result import Result
-from hd_jax.runner import LM, Options, Row
+from hd_jax.runner import LM, Row
 from hd_jax.session import Session
 
 __all__ = ["LM", "Piece", "Result", "Session", "generate", "load", "make_drafter", "measure_draft_us", "stream"]
@@ -66,7 +66,8 @@ def load(name: str | os.PathLike | None = None, *, dtype: str | None = None, max
     tokenizer = tokenizers.load(folder)
     if max_context is not None and not 1 < max_context <= config.max_context:
         raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")
-    return LM(config, Llama(config), params, tokenizer, str(folder), max_context or config.max_context)
+    databases = Databases(folder / DATABASES, tokenizer.fingerprint)
+    return LM(config, Llama(config), params, tokenizer, str(folder), max_context or config.max_context, databases)
 
 
 def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike | None = None, **options: Any) -> Drafter:
@@ -81,9 +82,10 @@ def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike 
     Raises:
       ValueError: no such method or option, an option out of range, or a database that is missing or is not for this model.
     """
-    if not isinstance(databases, Databases):
-        folder = pathlib.Path(lm.folder) / DATABASES if databases is None else pathlib.Path(databases)
-        databases = Databases(folder, lm.tokenizer.fingerprint)
+    if databases is None:
+        databases = lm.databases
+    elif not isinstance(databases, Databases):
+        databases = Databases(databases, lm.tokenizer.fingerprint)
     return drafters.make(name, databases, options)
 
 
@@ -129,17 +131,24 @@ def generate(
     Raises:
       ValueError: an argument is out of range, or a prompt cannot be used.
     """
-    options = Options(max_new_tokens, temperature, top_k, top_p, _strings(stop), logprobs, loop, exact)
+    options = runner.options_of(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        logprobs=logprobs,
+        loop=loop,
+        exact=exact,
+    )
     chosen = _choose(lm, drafter, num_nodes)
     is_batch = _is_batch(prompt)
     prompts = [encode_prompt(lm, p) for p in (list(prompt) if is_batch else [prompt])]
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    seeds = [int(seed)] * len(prompts) if isinstance(seed, int | np.integer) else [int(s) for s in seed]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
-    if not prompts:
-        return []
     rows = [Row(p, s % 2**32, i) for p, s in zip(prompts, seeds, strict=True) for i in range(num_samples)]
     *_, last = runner.run(lm, chosen, rows, options)
     results = last.results
@@ -162,7 +171,7 @@ def stream(
     """Generates text piece by piece; the pieces' texts and tokens add up to those of `generate`.
 
     Args:
-      lm, prompt, drafter, num_nodes, seed, stop, **options: as for `generate`.
+      lm, prompt, drafter, num_nodes, seed, stop, **options: as for `generate`, for one sample of one prompt.
       steps_per_piece: steps of decoding between two pieces.
 
     Yields:
@@ -173,11 +182,13 @@ def stream(
       ValueError: as `generate` does, when the first piece is asked for.
     """
     chosen = _choose(lm, drafter, num_nodes)
-    strings = _strings(stop)
-    row = Row(encode_prompt(lm, prompt), seed % 2**32)
-    held = max((len(s) for s in strings), default=1) - 1
+    settings = runner.options_of(stop=stop, **options)
+    if steps_per_piece < 1:
+        raise ValueError(f"steps_per_piece must be at least 1, not {steps_per_piece}")
+    row = Row(encode_prompt(lm, prompt), int(seed) % 2**32)
+    held = max((len(s) for s in settings.stop), default=1) - 1
     text, num_tokens = "", 0
-    for out in runner.run(lm, chosen, [row], Options(stop=strings, **options), sync_every=steps_per_piece):
+    for out in runner.run(lm, chosen, [row], settings, sync_every=steps_per_piece):
         if out.results:
             final = out.results[0]
             if len(final.text) > len(text) or len(final.tokens) > num_tokens:
@@ -254,12 +265,10 @@ def _choose(lm: LM, drafter: str | Drafter | None, num_nodes: int | None) -> Dra
                 f"num_nodes {num_nodes} was given with a drafter that has {drafter.num_nodes}; set it where it is made"
             )
         return drafter
+    if not isinstance(drafter, str | None):
+        raise ValueError(f"drafter must be a method's name, a Drafter or None, not {drafter!r} (a maker must be called)")
     options: dict[str, Any] = {} if num_nodes is None else {"num_nodes": num_nodes}
     return make_drafter(lm, drafter or "none", **options)
-
-
-def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _is_chat(prompt: Any) -> bool:

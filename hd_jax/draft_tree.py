@@ -89,6 +89,12 @@ def padded(tree: DraftTree, num_nodes: int) -> DraftTree:
     return DraftTree(*(jnp.concatenate([a, b[a.shape[0] + 1 :]]) for a, b in zip(tree, blank, strict=True)))
 
 
+def without_foreign_tokens(tree: DraftTree, vocab_size: int) -> DraftTree:
+    """Makes places of nodes with ids outside the vocabulary unused: such an id has no embedding."""
+    is_foreign = (tree.tokens < 0) | (tree.tokens >= vocab_size)
+    return tree._replace(tokens=jnp.where(is_foreign, 0, tree.tokens), parents=jnp.where(is_foreign, UNUSED, tree.parents))
+
+
 def join(first: DraftTree, second: DraftTree) -> DraftTree:
     """One tree with the nodes of both under the first's root; N is the sum less one. Equal tokens are not merged."""
     shift = first.tokens.shape[0] - 1

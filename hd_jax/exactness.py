@@ -73,6 +73,7 @@ def check(
     seed: int = 0,
     sample: int = 0,
     exact: bool = False,
+    num_rows: int = 1,
 ) -> Verdict:
     """Compares a candidate with plain decoding's answer to the same prompt.
 
@@ -83,6 +84,7 @@ def check(
       candidate: by `drafter`.
       temperature, top_k, top_p, seed, sample: of both.
       exact: both were decoded in exact mode, where any difference is a failure.
+      num_rows: rows of the batch that the candidate was decoded in.
 
     Raises:
       ValueError: the two have different prompts.
@@ -102,8 +104,8 @@ def check(
     text = [*prompt, *reference.tokens[:position]]
     options = Options(temperature=temperature, top_k=top_k, top_p=top_p)
     row = Row(list(prompt), seed % 2**32, sample)
-    plain = _last_logits(lm, none().num_nodes, prompt, text)
-    wide = _last_logits(lm, drafter.num_nodes, prompt, text)
+    plain = _last_logits(lm, none().num_nodes, 1, prompt, text)
+    wide = _last_logits(lm, drafter.num_nodes, num_rows, prompt, text)
     # The same arithmetic on both sides: warped scores differ by at most this, where no border lies between them.
     scale = max(temperature, 1e-6) if temperature > 0 else 1.0
     difference = float(jnp.max(jnp.abs(plain - wide))) / scale
@@ -118,15 +120,17 @@ def _shown(result: Result, position: int) -> str:
     return str(result.tokens[position]) if position < len(result.tokens) else "ended"
 
 
-def _last_logits(lm: LM, width: int, prompt: Sequence[int], text: Sequence[int]) -> jax.Array:
+def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text: Sequence[int]) -> jax.Array:
     """Logits float32[V] after the last token of `text`, by passes of `width` nodes from the prompt on, as decoding runs them.
+
+    The text stands in every row of a batch of `num_rows`.
 
     Each pass is a chain of the text's next tokens; the last one ends with the text, so that its last node is the one asked for.
     """
     slots = runner.num_slots(len(text) + 1)
-    buffer = np.zeros((1, slots + width), np.int32)
-    buffer[0, : len(text)] = text
-    cache = empty_cache(lm.config, 1, slots)
+    buffer = np.zeros((num_rows, slots + width), np.int32)
+    buffer[:, : len(text)] = text
+    cache = empty_cache(lm.config, num_rows, slots)
     num_chunks = -(-(len(prompt) - 1) // runner.PREFILL_CHUNK)
     cache = loop.prefill(
         lm.model, lm.params, cache, jnp.asarray(buffer), jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.PREFILL_CHUNK
@@ -138,16 +142,18 @@ def _last_logits(lm: LM, width: int, prompt: Sequence[int], text: Sequence[int])
 @functools.partial(jax.jit, static_argnames=("model", "width"))
 def _chain_logits(model: Llama, params, cache, tokens: jax.Array, first: jax.Array, end: jax.Array, *, width: int) -> jax.Array:
     """Feeds tokens[first:end] in chains of at most `width` nodes; the logits after the last."""
+    num_rows = tokens.shape[0]
     chain = jnp.tril(jnp.ones((1, width, width), bool))
 
     def body(carry):
         start, cache, _ = carry
         count = jnp.minimum(end - start, width)
-        piece = jax.lax.dynamic_slice(tokens, (0, start), (1, width))
-        positions = start + jnp.arange(width)[None]
-        out: Any = model.apply({"params": params}, piece, positions, chain, cache, start[None])
+        piece = jax.lax.dynamic_slice(tokens, (0, start), (num_rows, width))
+        positions = jnp.broadcast_to(start + jnp.arange(width), piece.shape)
+        starts = jnp.broadcast_to(start, num_rows)
+        out: Any = model.apply({"params": params}, piece, positions, chain, cache, starts)
         logits, rows = out
-        return start + count, loop.write_rows(cache, rows, start[None]), logits[0, count - 1]
+        return start + count, loop.write_rows(cache, rows, starts), logits[0, count - 1]
 
     carry = (first, cache, jnp.zeros(model.config.vocab_size, jnp.float32))
     return jax.lax.while_loop(lambda c: c[0] < end, body, carry)[2]
@@ -161,14 +167,19 @@ def _gap(lm: LM, logits: jax.Array, position: int, row: Row, options: Options) -
     scores = sampling.scores(logits[None, None], at, jnp.zeros((1, 1), jnp.int32), 0, mode, settings)[0, 0]
     best = jax.lax.top_k(scores, 2)[0]
     gap = float(best[0] - best[1])
+    scaled = logits / max(options.temperature, runner.MIN_TEMPERATURE)
+    is_kept = jnp.isfinite(sampling.warp(logits[None, None], mode, settings)[0, 0])
     if mode.has_top_k or mode.has_top_p:
-        warped = sampling.warp(logits[None, None], mode, settings)[0, 0]
-        scaled = logits / options.temperature
-        is_kept = jnp.isfinite(warped)
         inside = jnp.min(jnp.where(is_kept, scaled, jnp.inf))
-        outside = jnp.max(jnp.where(is_kept, -jnp.inf, scaled))
-        gap = min(gap, float(inside - outside))
-    return gap
+        gap = min(gap, float(inside - jnp.max(jnp.where(is_kept, -jnp.inf, scaled))))
+    if mode.has_top_p:
+        # The border is one of probability: a change of all logits by d changes a sum of probabilities by at most 2 d of it.
+        limited = sampling.warp(logits[None, None], mode._replace(has_top_p=False), settings)[0, 0]
+        p = jax.nn.softmax(limited)
+        mass = jnp.sum(jnp.where(is_kept, p, 0.0))
+        least = jnp.min(jnp.where(is_kept, p, jnp.inf))
+        gap = min(gap, float(jnp.minimum(mass - options.top_p, options.top_p - (mass - least)) / (2 * mass)))
+    return max(gap, 0.0)
 
 
 def forced(tokens: Sequence[int], num_nodes: int) -> Drafter:

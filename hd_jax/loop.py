@@ -169,6 +169,7 @@ def step(
     """
     contexts = _contexts(request, state, host)
     tree = jax.vmap(drafter.draft, in_axes=(None, 0, 0))(drafter.tables, state.drafter, contexts)
+    tree = draft_tree.without_foreign_tokens(tree, model.config.vocab_size)
     tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, max(settings.width, drafter.num_nodes))
     ancestors = jax.vmap(draft_tree.ancestor_mask)(tree)
     depths = draft_tree.depths(ancestors)
@@ -209,10 +210,12 @@ def step(
         logprobs=logprobs,
     )
 
+    own = lambda x: x[:, : drafter.num_nodes]  # noqa: E731 - without the places that exact mode adds
+    logits = own(logits)
     top_logits, top_tokens = jax.lax.top_k(logits, drafter.num_top_logits)
     feedback = Feedback(
-        tree=tree,
-        targets=targets,
+        tree=jax.tree.map(own, tree),
+        targets=own(targets),
         argmax=jnp.argmax(logits, axis=-1).astype(jnp.int32),
         top_tokens=top_tokens,
         top_logits=top_logits,

@@ -26,7 +26,8 @@ class Result:
       accept_lengths: tokens that each step appended, the model's own bonus token included; their sum is len(tokens).
       nodes_per_step: draft nodes verified per step, the root not counted.
       sources: per token, the database that drafted it, or "model only".
-      source_counts: per source, {"proposed": [...], "accepted": [...]} nodes by depth, depth 1 first.
+      source_counts: per source, {"proposed": [...], "accepted": [...]} nodes by depth, depth 1 first; of all steps that
+        ran, those that a stop string then cut off included.
       compile_ms: spent on compilation, in none of the other times.
       prefill_ms: of the prompt, the drafter's start included; for a batch, of all rows together.
       decode_ms: of all steps; for a batch, of all rows together.

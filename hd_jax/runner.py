@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hd_jax import loop
+from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Context, Drafter
 from hd_jax.models.config import ModelConfig
@@ -24,6 +25,7 @@ PREFILL_CHUNK = 128  # tokens of a prompt that a pass reads
 RESERVE = 128  # slots behind the last token of every cache, for a chunk or a path: the same for every method
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
+MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +38,7 @@ class LM:
     tokenizer: Tokenizer
     folder: str
     max_context: int  # tokens of prompt and answer together
+    databases: Databases = dataclasses.field(default_factory=Databases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +57,14 @@ class Options:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.max_new_tokens < 1:
+        if not isinstance(self.max_new_tokens, int | np.integer) or self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not (0 <= self.temperature < float("inf")):
-            problems.append(f"temperature must be a finite number of at least 0, not {self.temperature}")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            problems.append(f"temperature must be 0 or a finite number of at least {MIN_TEMPERATURE}, not {self.temperature}")
         if self.top_k < 0:
             problems.append(f"top_k must be at least 0 (0 is no limit), not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p must be in (0, 1], not {self.top_p}")
+        if not MIN_TOP_P <= self.top_p <= 1:
+            problems.append(f"top_p must be in (0, 1], and at least {MIN_TOP_P}, not {self.top_p}")
         if self.logprobs < 0:
             problems.append(f"logprobs must be at least 0, not {self.logprobs}")
         if self.loop not in ("device", "host"):
@@ -70,6 +73,15 @@ class Options:
             problems.append("an empty stop string would end every text at once")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def options_of(*, stop: str | Sequence[str] = (), **settings: Any) -> Options:
+    """Options by keyword. Raises ValueError for one that there is not, or that is out of range."""
+    known = [field.name for field in dataclasses.fields(Options)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"there is no option {', '.join(unknown)} here; there are: {', '.join(known)}")
+    return Options(stop=(stop,) if isinstance(stop, str) else tuple(stop), **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +136,8 @@ def run(
     """
     if drafter.max_depth + 1 > RESERVE:
         raise ValueError(f"drafter {drafter.name} is {drafter.max_depth} deep; at most {RESERVE - 1} is possible")
+    if options.logprobs > lm.config.vocab_size:
+        raise ValueError(f"logprobs must be at most the vocabulary's {lm.config.vocab_size}, not {options.logprobs}")
     if options.exact and drafter.num_nodes > EXACT_WIDTH:
         raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
     lengths = [len(row.prompt) for row in rows]
@@ -172,7 +186,7 @@ def run(
     prefill_ms, clock = _lap(clock)
 
     accept_lengths: list[list[int]] = [[] for _ in rows]
-    num_nodes = [0] * len(rows)
+    num_nodes: list[list[int]] = [[] for _ in rows]  # of each step
     stopped_at: list[int | None] = [None] * len(rows)  # generated tokens up to the end of a stop string
     decode_ms = 0.0
     is_done = False
@@ -180,8 +194,8 @@ def run(
         state, record = dispatch(state, sync_every)
         appended, nodes = np.asarray(record.num_appended), np.asarray(record.num_nodes)
         for index in range(len(rows)):
-            accept_lengths[index] += [int(n) for n in appended[index] if n]
-            num_nodes[index] += int(nodes[index].sum())
+            accept_lengths[index] += appended[index][appended[index] > 0].tolist()
+            num_nodes[index] += nodes[index][appended[index] > 0].tolist()
         generated = _generated(state, lengths)
         is_finished = np.asarray(state.is_finished)
         if options.stop:
@@ -310,7 +324,7 @@ def _result(
     is_stopped: bool,
     options: Options,
     accept_lengths: list[int],
-    num_nodes: int,
+    num_nodes: list[int],
     sources: np.ndarray,
     counts: np.ndarray,
     logprobs: loop.Logprobs | None,
@@ -323,7 +337,7 @@ def _result(
             if left > 0:
                 steps.append(min(count, left))
             left -= count
-    is_stop_token = bool(tokens) and tokens[-1] in lm.tokenizer.eos_ids
+    is_stop_token = options.ends_at_stop_tokens and tokens[-1] in lm.tokenizer.eos_ids
     text = lm.tokenizer.decode(tokens[:-1] if is_stop_token else tokens)
     found = [text.index(s) for s in options.stop if s in text]
     if is_stopped and found:
@@ -344,7 +358,7 @@ def _result(
         prompt_tokens=list(row.prompt),
         finish_reason=reason,
         accept_lengths=steps,
-        nodes_per_step=num_nodes / max(len(accept_lengths), 1),
+        nodes_per_step=float(np.mean(num_nodes[: len(steps)])),
         sources=[MODEL if s < 0 else names[s] for s in sources[: len(tokens)].tolist()],
         source_counts={
             name: {"proposed": counts[0, i, 1:].tolist(), "accepted": counts[1, i, 1:].tolist()} for i, name in enumerate(names)

@@ -14,7 +14,7 @@ from hd_jax import runner
 from hd_jax.drafters.base import Drafter
 from hd_jax.models.llama import Cache
 from hd_jax.result import Result
-from hd_jax.runner import LM, Options, Row
+from hd_jax.runner import LM, Row
 
 
 class Session:
@@ -35,7 +35,9 @@ class Session:
         self._drafter_state: Any = None
 
     def generate(self, message: str, *, seed: int = 0, stop: str | tuple[str, ...] = (), **options: Any) -> Result:
-        """Adds a user's message to the chat and answers it; options as for `decode.generate`.
+        """Adds a user's message to the chat and answers it.
+
+        Options are those of `decode.generate` that do not concern the drafter, several prompts or several samples.
 
         Of the new prompt, what the cache holds already is not computed again.
 
@@ -44,7 +46,7 @@ class Session:
         """
         if not message:
             raise ValueError("the message is empty; it needs at least one character")
-        checked = Options(stop=(stop,) if isinstance(stop, str) else tuple(stop), **options)
+        checked = runner.options_of(stop=stop, **options)
         messages = [*self.messages, {"role": "user", "content": message}]
         prompt = runner.check_prompt(self.lm, self.lm.tokenizer.chat(messages))
         num_cached = 0
@@ -53,8 +55,8 @@ class Session:
                 break
             num_cached += 1
         cache, self._cache, self._cached_tokens = self._cache, None, []  # the run takes the cache over
-        if cache is None:
-            num_cached = 0
+        if cache is None or checked.exact:  # Rows that steps computed are not bit for bit those of a prefill.
+            cache, num_cached = None, 0
         run = runner.run(
             self.lm,
             self.drafter,

@@ -32,7 +32,7 @@ def walk(tree: DraftTree, ancestors: jax.Array, targets: jax.Array, max_depth: i
       tree: one row's, N nodes.
       ancestors: bool[N, N] of the tree.
       targets: int32[N], the token drawn after each node.
-      max_depth: static bound of the tree's depth.
+      max_depth: static bound of the path's depth; nodes below it are not accepted.
 
     Returns:
       The path. Window nodes and unused places are never on it.
@@ -40,9 +40,9 @@ def walk(tree: DraftTree, ancestors: jax.Array, targets: jax.Array, max_depth: i
     num_nodes = tree.tokens.shape[0]
     is_root = jnp.arange(num_nodes) == draft_tree.ROOT_INDEX
     parent_target = targets[jnp.maximum(tree.parents, 0)]
-    is_match = draft_tree.is_node(tree) & ~tree.is_window & (tree.tokens == parent_target)
-    is_on_path = ~jnp.any(ancestors & ~(is_match | is_root)[None, :], axis=-1)
     depths = draft_tree.depths(ancestors)
+    is_match = draft_tree.is_node(tree) & ~tree.is_window & (depths <= max_depth) & (tree.tokens == parent_target)
+    is_on_path = ~jnp.any(ancestors & ~(is_match | is_root)[None, :], axis=-1)
     last = jnp.argmax(jnp.where(is_on_path, depths, -1))
     is_taken = ancestors[last]
     at_depth = is_taken[None, :] & (depths[None, :] == jnp.arange(max_depth + 1)[:, None])  # [P, N]

@@ -33,7 +33,7 @@ def random_trees(num_nodes: int = 9) -> Drafter:
         is_window = (jax.random.uniform(keys[3], (num_nodes,)) < 0.1) & (places > 0)
         return DraftTree(
             tokens=jnp.where(places == 0, context.root, text),
-            parents=jnp.where(places == 0, NO_PARENT, jnp.where((parents > 0) & (parents == UNUSED), UNUSED, parents)),
+            parents=jnp.where(places == 0, NO_PARENT, parents),
             sources=jnp.where(places == 0, draft_tree.NO_SOURCE, 0),
             is_window=is_window,
         )
@@ -112,7 +112,7 @@ def test_every_drafter_writes_plain_decodings_tokens(lm, name, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-@pytest.mark.parametrize("name", ["pld", "hd", "random"])
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_exact_mode_is_bit_equal(lm, name, temperature):
     options = {"max_new_tokens": NUM_NEW, "temperature": temperature, "exact": True, "logprobs": 2}
     reference = _plain(lm, temperature, True, logprobs=2)
@@ -155,6 +155,27 @@ def test_limits_on_sampling_keep_the_tokens_equal(lm, top_k, top_p):
     reference = decode.generate(lm, PROMPTS[0], max_new_tokens=NUM_NEW, **options)
     out = decode.generate(lm, PROMPTS[0], drafter=DRAFTERS["hd"], max_new_tokens=NUM_NEW, **options)
     assert exactness.check(lm, DRAFTERS["hd"], reference, out, **options).is_explained
+
+
+def _chains(token: int, length: int, max_depth: int) -> Drafter:
+    def draft(tables, state, context: Context) -> DraftTree:
+        del tables, state
+        text = jnp.full(length, token, jnp.int32)
+        return draft_tree.from_chain(context.root, text, jnp.int32(length))
+
+    return Drafter("chains", num_nodes=length + 1, max_depth=max_depth, source_names=("chains",), draft=draft)
+
+
+def test_drafters_that_break_their_word_cannot_change_the_text(lm):
+    """Ids outside the vocabulary, and trees deeper than max_depth."""
+    reference = _plain(lm, 0.0, False)[0]
+    for token in (48, 2**30, -1):
+        out = decode.generate(lm, PROMPTS[0], drafter=_chains(token, 3, 3), max_new_tokens=NUM_NEW)
+        assert out.tokens == reference.tokens
+    forced = exactness.forced(reference.prompt_tokens + reference.tokens, 6)
+    out = decode.generate(lm, PROMPTS[0], drafter=forced.replace(max_depth=2), max_new_tokens=NUM_NEW)
+    assert out.tokens == reference.tokens
+    assert set(out.accept_lengths[:-1]) == {3}
 
 
 def test_a_stop_token_inside_a_draft_ends_the_text(lm):
@@ -256,8 +277,13 @@ BAD = [
     ({"stop": ""}, "stop string"),
     ({"num_samples": 0}, "num_samples"),
     ({"seed": [1, 2]}, "2 seeds were given for 1 prompts"),
-    ({"drafter": "magic"}, "unknown drafter 'magic'; there are: none, pld, hd"),
+    ({"drafter": "magic"}, "unknown drafter 'magic'; there are: none, "),
     ({"drafter": "hd"}, "model database is missing"),
+    ({"drafter": drafters.pld}, "a maker must be called"),
+    ({"temperature": 1e-30}, "at least 0.001"),
+    ({"top_p": 1e-30}, "at least 1e-06"),
+    ({"max_new_tokens": 4.5}, "max_new_tokens"),
+    ({"logprobs": 49}, "at most the vocabulary's 48"),
     ({"drafter": "pld", "num_nodes": 1}, "num_nodes of at least 2"),
 ]
 

@@ -10,6 +10,7 @@ import pytest
 
 from hd_jax import decode, drafters, exactness, verify
 from hd_jax.models.llama import Llama
+from hd_jax.runner import Options, Row
 
 PROMPT = [3, 4, 5, 6, 7] * 5
 
@@ -66,6 +67,15 @@ def test_a_tie_is_explained(lm):
     candidate = _changed(reference, position, max(token, twin))
     verdict = exactness.check(tied, drafters.pld(), reference, candidate)
     assert verdict.is_explained and verdict.gap == 0 and verdict.position == position
+
+
+def test_the_gap_to_a_top_p_border_is_measured_in_probability(lm):
+    """Probabilities 0.5, 0.3, 0.2 and top_p 0.8: the least change of the logits adds or takes the third token."""
+    logits = jnp.full(lm.config.vocab_size, -1e9).at[:3].set(jnp.log(jnp.asarray([0.5, 0.3, 0.2])))
+    near, far = (
+        exactness._gap(lm, logits, 9, Row([1], 0), Options(temperature=1.0, top_p=top_p)) for top_p in (0.8 - 1e-6, 0.65)
+    )
+    assert near < 2e-6 < 0.05 < far
 
 
 def _accepts_too_much(tree, ancestors, targets, max_depth):

@@ -81,3 +81,10 @@ def test_walk_on_random_trees():
             assert parents[child] == parent and int(tree.tokens[child]) == targets[parent]
         deep += len(nodes) > 2
     assert deep > 30
+
+
+def test_nodes_below_max_depth_are_not_accepted():
+    tree = _case([7, 3, 4, 5], [P, 0, 1, 2], [])
+    found = verify.walk(tree, draft_tree.ancestor_mask(tree), jnp.asarray([3, 4, 5, 6]), max_depth=2)
+    assert found.nodes.tolist() == [0, 1, 2]
+    assert int(found.num_accepted) == 2

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+from hd_jax.databases import files
 from hd_jax.databases.continuation_table import ContinuationTable
 from hd_jax.databases.frequent_ngrams import FrequentNgrams
 from hd_jax.databases.ngram_trie import NgramTrie
@@ -20,12 +23,12 @@ class Databases:
 
     Attributes:
       folder: where the files are looked for; None for nowhere.
-      fingerprint: of the tokenizer whose ids the databases must hold.
+      fingerprint: of the tokenizer whose ids the files must hold; databases that are given are taken as they are.
     """
 
     def __init__(
         self,
-        folder: str | pathlib.Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
         fingerprint: str | None = None,
         *,
         model: FrequentNgrams | None = None,
@@ -34,6 +37,7 @@ class Databases:
         self.folder = None if folder is None else pathlib.Path(folder)
         self.fingerprint = fingerprint
         self._given: dict[str, Any] = {"model": model, "statistics": statistics}
+        self._made: dict[Any, Any] = {}
 
     @functools.cached_property
     def model(self) -> FrequentNgrams:
@@ -45,10 +49,15 @@ class Databases:
         """D_s. Raises ValueError where there is none, or it was built with another tokenizer."""
         return self._given["statistics"] or open_statistics(self._path("statistics"), self.fingerprint)
 
-    @functools.cache  # noqa: B019 - a collection lives as long as its model
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned for the first time with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def table(self, kind: str, **settings: Any) -> ContinuationTable:
         """The device form of the "model" or "statistics" database; made once for the same settings."""
-        return getattr(self, kind).to_table(**settings)
+        return self.once((kind, *sorted(settings.items())), lambda: getattr(self, kind).to_table(**settings))
 
     def _path(self, kind: str) -> pathlib.Path:
         path = None if self.folder is None else self.folder / FILES[kind]
@@ -60,8 +69,6 @@ class Databases:
 
 def open_statistics(path: pathlib.Path, fingerprint: str | None) -> NgramTrie | SuffixArray:
     """Opens a statistics database of either form, by what its header says."""
-    from hd_jax.databases import files
-
     opener = {"ngram_trie": NgramTrie, "suffix_array": SuffixArray}
     kind = files.kind_of(path)
     if kind not in opener:

@@ -1,7 +1,8 @@
 """What a drafter is: `(init, draft, update)`, pure functions over pytrees.
 
-A drafter is written for one row; the loop maps it over a batch. The smallest useful one repeats what followed the last
-occurrence of the newest token:
+A drafter is written for one row; the loop maps it over a batch. Shapes are fixed: S is that of the context's tokens; a
+drafter that needs the size of the vocabulary takes it as an option. `hd_jax/drafters/hd.py` is an example with state. The
+smallest useful one repeats what followed the last occurrence of the newest token:
 
     import functools
     import jax.numpy as jnp
@@ -80,14 +81,16 @@ class Drafter:
 
     Attributes:
       name: of the method.
-      num_nodes: N, the size of every tree it drafts, the root included.
-      max_depth: static bound of the trees' depth.
+      num_nodes: N, the size of every tree it drafts, the root included. Makers take it as an option of this name where
+        it can be chosen.
+      max_depth: of the deepest node of any tree; a chain of C tokens has C. Deeper nodes would not be accepted.
       source_names: what the trees' `sources` index, at least one.
       draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`.
       init: (tables, context) -> state, when a request starts; the context is the prompt.
-      update: (tables, state, context, feedback) -> state, after every step.
+      update: (tables, state, context, feedback) -> state, after every step. The step's tokens are the last
+        `feedback.num_appended` of the context: context.tokens[length - num_appended : length].
       renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last
-        request; None for a method that keeps nothing.
+        request; its shapes must not depend on S. None for a method that starts every request afresh.
       refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each dispatch of steps;
         `draft` finds the result in `context.host`. For databases that are too large for the device. With `loop="host"` a
         dispatch is one step, so that any Python can draft: return the tree here, and hand it on in `draft`. None for a

@@ -37,7 +37,7 @@ from hd_jax.drafters.base import Context, Drafter
 
 SOURCES = {"c": "context", "m": "model", "s": "statistics"}
 KEY_LENGTHS = (2, 1)  # of the suffixes that D_s is asked for, in this order
-MAX_DEVICE_BYTES = 256 * 2**20  # of a D_s that is kept on the device
+MAX_DEVICE_BYTES = 256 * 2**20  # of a D_s that is kept on the device, and of each of its tables there
 
 
 class _State(NamedTuple):
@@ -67,7 +67,8 @@ def hd(
       ngram: n; drafts have n - 1 tokens.
       window: W, columns of the Jacobi window; 0 for none.
       num_drafts: at most so many drafts a step.
-      num_nodes: N, the window's (n - 1) * W - 1 nodes and the root included; by default all drafts fit. Fewer cut the last.
+      num_nodes: N, the window's (n - 1) * W - 1 nodes and the root included; by default all drafts fit, and more than
+        that are not used. Fewer cut the last drafts.
       history: R, n-grams that D_c remembers.
 
     Raises:
@@ -75,7 +76,9 @@ def hd(
     """
     if not order or len(set(order)) != len(order) or not set(order) <= set(SOURCES):
         raise ValueError(f"hd's order is a choice of the letters 'cms', each at most once, not {order!r}")
-    bounds = {"ngram": (ngram, 2), "window": (window, 0), "num_drafts": (num_drafts, 1), "history": (history, 1)}
+    # A step's n-grams must fit the log: one a column of the window, and one a token.
+    least_history = window + max(ngram - 1, ngram - 3 + window) + 1
+    bounds = {"ngram": (ngram, 2), "window": (window, 0), "num_drafts": (num_drafts, 1), "history": (history, least_history)}
     for name, (value, least) in bounds.items():
         if value < least:
             raise ValueError(f"hd's {name} must be at least {least}, not {value}")
@@ -90,7 +93,8 @@ def hd(
     if "m" in order:
         tables["m"] = databases.table("model", max_entries=num_drafts)
     if "s" in order and databases.statistics.num_bytes > MAX_DEVICE_BYTES:
-        refresh = _host_lookup(databases.statistics, num_drafts, ngram - 1)
+        lookup_on_host = functools.partial(_host_lookup, databases.statistics, num_drafts, ngram - 1)
+        refresh = databases.once(("refresh", num_drafts, ngram), lookup_on_host)
     elif "s" in order:
         size = {"max_entries": num_drafts, "length": ngram - 1, "max_bytes": MAX_DEVICE_BYTES}
         tables["s"] = tuple(databases.table("statistics", key_length=k, **size) for k in KEY_LENGTHS)
@@ -222,13 +226,13 @@ def _host_lookup(database, num_drafts: int, length: int):
 
     def refresh(context: Context):
         end = int(context.length)
-        drafts = np.full((num_drafts, length), NO_TOKEN, np.int32)
-        lengths = np.zeros(num_drafts, np.int32)
+        drafts = np.full((len(KEY_LENGTHS) * num_drafts, length), NO_TOKEN, np.int32)
+        lengths = np.zeros(len(drafts), np.int32)
         num_found = 0
         for key_length in KEY_LENGTHS:
             suffix = np.asarray(context.tokens[max(end - key_length, 0) : end])
-            if num_found < num_drafts and len(suffix) == key_length:
-                values, sizes, _ = database.continuations(suffix, num_drafts - num_found, length)
+            if len(suffix) == key_length:
+                values, sizes, _ = database.continuations(suffix, num_drafts, length)
                 drafts[num_found : num_found + len(values)] = values
                 lengths[num_found : num_found + len(values)] = sizes
                 num_found += len(values)

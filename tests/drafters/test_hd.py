@@ -159,6 +159,13 @@ ORDERS = ["".join(p) for size in (1, 2, 3) for p in itertools.permutations("cms"
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_tables_are_made_once_for_the_same_databases():
+    databases = _databases()
+    first, second = drafters.hd(databases), drafters.hd(databases, num_drafts=7)
+    assert all(a is b for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
 def test_databases_are_asked_in_order_until_enough_drafts_are_found(order):
     buffer = np.random.default_rng(2).integers(2, 12, 64)
     alone = {letter: [path for _, path in _drafts(letter, 7, buffer, 60)] for letter in order}
@@ -186,6 +193,7 @@ def test_statistics_on_the_host_draft_what_the_device_does(lm, monkeypatch):
     on_device = drafters.hd(databases, order="s", window=0)
     monkeypatch.setattr(module, "MAX_DEVICE_BYTES", 0)
     on_host = drafters.hd(databases, order="s", window=0)
+    assert jax.tree.structure(on_host) == jax.tree.structure(drafters.hd(databases, order="s", window=0))
     assert on_device.refresh is None and on_host.refresh is not None
     prompt = np.random.default_rng(2).integers(2, 12, 30).tolist()
     a = decode.generate(lm, prompt, drafter=on_device, max_new_tokens=30, loop="host")
@@ -216,6 +224,7 @@ def test_all_databases_and_the_window_together_write_plain_decodings_tokens(lm, 
         ({"ngram": 1}, "ngram must be at least 2"),
         ({"window": -1}, "window must be at least 0"),
         ({"num_drafts": 0}, "num_drafts must be at least 1"),
+        ({"history": 14, "order": "c"}, "history must be at least"),
         ({"num_nodes": 20, "order": "c"}, "needs at least 29 nodes"),
         ({"order": "cm"}, "model database is missing"),
         ({"order": "cs"}, "statistics database is missing"),
