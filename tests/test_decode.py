@@ -268,7 +268,7 @@ BAD = [
     ({"prompt": [3] * 512}, "512 tokens"),
     ({"prompt": 3.5}, "a prompt is"),
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-    ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0"),
+    ({"top_p": 0.0}, r"top_p must be in \(0, 1\], and at least 1e-06, not 0"),
     ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
     ({"temperature": -1.0}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),

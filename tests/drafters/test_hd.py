@@ -158,7 +158,6 @@ def _drafts(order: str, num_drafts: int, buffer: np.ndarray, length: int) -> lis
 ORDERS = ["".join(p) for size in (1, 2, 3) for p in itertools.permutations("cms", size)]
 
 
-@pytest.mark.parametrize("order", ORDERS)
 def test_tables_are_made_once_for_the_same_databases():
     databases = _databases()
     first, second = drafters.hd(databases), drafters.hd(databases, num_drafts=7)
@@ -166,6 +165,7 @@ def test_tables_are_made_once_for_the_same_databases():
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 def test_databases_are_asked_in_order_until_enough_drafts_are_found(order):
     buffer = np.random.default_rng(2).integers(2, 12, 64)
     alone = {letter: [path for _, path in _drafts(letter, 7, buffer, 60)] for letter in order}
