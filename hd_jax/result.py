@@ -8,7 +8,7 @@ import itertools
 
 from hd_jax.models.tokenizer import Tokenizer
 
-MODEL = "model only"  # the source of a token that no drafter proposed
+NOT_DRAFTED = "not drafted"  # the source of a token that the model added itself
 
 # Background colours for a notebook, readable under black text; sources take them in order.
 _COLOURS = ("#bfe3c0", "#c5d8f5", "#f9dcb0", "#e3cdf0", "#f6c6cf", "#cdeeea")
@@ -25,7 +25,7 @@ class Result:
       finish_reason: "stop" (a stop token or string), "length" (max_new_tokens) or "context" (the cache's end).
       accept_lengths: tokens that each step appended, the model's own bonus token included; their sum is len(tokens).
       nodes_per_step: draft nodes verified per step, the root not counted.
-      sources: per token, the database that drafted it, or "model only".
+      sources: per token, the database that drafted it, or "not drafted".
       source_counts: per source, {"proposed": [...], "accepted": [...]} nodes by depth, depth 1 first; of all steps that
         ran, those that a stop string then cut off included.
       compile_ms: spent on compilation, in none of the other times.
@@ -79,7 +79,7 @@ class Result:
         for piece, source in zip(self.pieces(), self.sources, strict=True):
             style = f"background:{colours[source]};color:#111" if source in colours else ""
             spans.append(f'<span style="{style}" title="{html.escape(source)}">{html.escape(piece)}</span>')
-        counts = {name: self.sources.count(name) for name in [MODEL, *self.source_counts]}
+        counts = {name: self.sources.count(name) for name in [NOT_DRAFTED, *self.source_counts]}
         legend = " ".join(
             f'<span style="background:{colours.get(name, "transparent")};color:inherit;padding:0 .4em;border:1px solid #8884">'
             f"{html.escape(name)} {count}</span>"

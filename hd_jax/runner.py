@@ -18,7 +18,7 @@ from hd_jax.drafters.base import Context, Drafter
 from hd_jax.models.config import ModelConfig
 from hd_jax.models.llama import Cache, Llama, empty_cache
 from hd_jax.models.tokenizer import Tokenizer
-from hd_jax.result import MODEL, Result
+from hd_jax.result import NOT_DRAFTED, Result
 from hd_jax.sampling import Sampling, SamplingMode
 
 PREFILL_CHUNK = 128  # tokens of a prompt that a pass reads
@@ -359,7 +359,7 @@ def _result(
         finish_reason=reason,
         accept_lengths=steps,
         nodes_per_step=float(np.mean(num_nodes[: len(steps)])),
-        sources=[MODEL if s < 0 else names[s] for s in sources[: len(tokens)].tolist()],
+        sources=[NOT_DRAFTED if s < 0 else names[s] for s in sources[: len(tokens)].tolist()],
         source_counts={
             name: {"proposed": counts[0, i, 1:].tolist(), "accepted": counts[1, i, 1:].tolist()} for i, name in enumerate(names)
         },
