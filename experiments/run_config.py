@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import report
+from experiments import questions, report
 from experiments.questions import Question
 
 PLAIN = "none"
@@ -24,7 +24,7 @@ class RunConfig:
     """What runs; each field is the flag of its name. `methods` starts with plain decoding."""
 
     model: str | None
-    questions: str
+    questions: str | None
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     limit: int | None
@@ -95,7 +95,7 @@ def describe(config: RunConfig, lm: Any, chosen: Sequence[Question], skipped: Se
             "max_context": lm.max_context,
         },
         "questions": {
-            "sha256": hashlib.sha256(pathlib.Path(config.questions).read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(pathlib.Path(config.questions or questions.EMBEDDED).read_bytes()).hexdigest(),
             "question_ids": [question.question_id for question in chosen],
             "skipped": list(skipped),
         },

@@ -192,7 +192,7 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
       UnexplainedDifference: the answers up to and with the one that differs are in `folder`.
     """
     methods = [run_config.parse_method(text) for text in config.methods]
-    chosen = questions.select(questions.read(config.questions), config.tasks, config.limit)
+    chosen = questions.select(questions.read(config.questions or questions.EMBEDDED), config.tasks, config.limit)
     with _claimed(folder):
         bench = Bench(library, config, methods)
         chosen, skipped = _split_by_length(bench, chosen)
@@ -295,7 +295,7 @@ def _fact_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
 def define_flags() -> None:
     """Defines the flags; a function, so that tests can import several programs."""
     flags.DEFINE_string("model", None, "Model folder or hub name in Hugging Face format; by default the embedded model.")
-    flags.DEFINE_string("questions", str(questions.EMBEDDED), "Question file in Spec-Bench's format.")
+    flags.DEFINE_string("questions", None, "Question file in Spec-Bench's format; by default the embedded questions.")
     flags.DEFINE_string(
         "methods", DEFAULT_METHODS, "Comma list; options as in hd:window=0:order=cm. Plain decoding always runs."
     )
@@ -318,7 +318,8 @@ def _given_config() -> RunConfig:
         values["model"] = os.path.abspath(values["model"])
     if not math.isfinite(values["temperature"]):
         raise ValueError(f"--temperature={values['temperature']}: a finite number is needed")
-    values["questions"] = os.path.abspath(values["questions"])
+    if values["questions"]:
+        values["questions"] = os.path.abspath(values["questions"])
     values["methods"], values["tasks"] = run_config.parse_methods(values["methods"]), tuple(values["tasks"])
     return RunConfig(**values)
 
