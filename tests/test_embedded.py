@@ -89,7 +89,7 @@ def test_a_database_of_another_tokenizer_is_refused(embedded, tmp_path):
 
 def test_the_model_card_names_its_data():
     card = pathlib.Path(decode.EMBEDDED / "README.md").read_text()
-    for word in ("Licence", "validation", "repeated 8-gram", "CC BY"):
+    for word in ("licence", "Validation loss", "repeated 8-gram", "CC BY"):
         assert word in card
     config = json.loads((decode.EMBEDDED / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
