@@ -1,7 +1,8 @@
 """The most frequent n-grams of a model's own answers: the model-dependent database D_m of HD.
 
 Hierarchy Drafting (Cho et al., NAACL Findings 2025, arXiv 2502.05609), section 3.2: what a model has said, it says again. The
-key of an n-gram is its first token, the rest is a draft.
+key of an n-gram is its first token, the rest is a draft. An n-gram counts once for each answer that it occurs in: what an
+answer repeats is D_c's to draft.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hd_jax.databases import continuation_table, files
+from hd_jax.databases import SEPARATOR, continuation_table, files, join_documents
 from hd_jax.databases.continuation_table import ContinuationTable
-from hd_jax.databases.ngram_trie import NgramTrie
 
 KIND = "frequent_ngrams"
 
@@ -24,7 +24,7 @@ class FrequentNgrams:
     """The most frequent first, ties in ascending order."""
 
     ngrams: np.ndarray  # int32[M, n]
-    counts: np.ndarray  # int32[M]
+    counts: np.ndarray  # int32[M], documents that each occurs in
 
     @property
     def num_bytes(self) -> int:
@@ -34,7 +34,7 @@ class FrequentNgrams:
     def build(
         documents: Sequence[np.ndarray], n: int = 5, max_ngrams: int = 100_000, max_bytes: int | None = None
     ) -> FrequentNgrams:
-        """Counts all n-grams of all documents and keeps the most frequent.
+        """Counts for every n-gram the documents that it occurs in, and keeps the most frequent.
 
         Args:
           documents: int32[n_d] each, the model's answers.
@@ -47,7 +47,18 @@ class FrequentNgrams:
         """
         if n < 2 or max_ngrams < 0 or (max_bytes or 0) < 0:
             raise ValueError(f"need n >= 2 and bounds of at least 0, not n {n}, {max_ngrams} n-grams, {max_bytes} bytes")
-        ngrams, counts = NgramTrie.build(documents, max_order=n, min_documents=1).ngrams(n)
+        text, ends = join_documents(documents)
+        text = np.pad(text, (0, n), constant_values=SEPARATOR)
+        windows = np.lib.stride_tricks.sliding_window_view(text, n)
+        places = np.flatnonzero(np.all(windows != SEPARATOR, axis=1))
+        places = places[np.lexsort(windows[places].T[::-1])]  # stable: equal n-grams stay in the order of the text
+        ngrams, document_of = windows[places], np.searchsorted(ends, places)
+        is_new = np.ones(len(places), bool)
+        is_new[1:] = np.any(ngrams[1:] != ngrams[:-1], axis=1)
+        is_counted = is_new.copy()
+        is_counted[1:] |= document_of[1:] != document_of[:-1]
+        ngrams = ngrams[is_new]
+        counts = np.bincount(np.cumsum(is_new)[is_counted] - 1, minlength=len(ngrams)).astype(np.int32)
         if max_bytes is not None:
             max_ngrams = min(max_ngrams, max_bytes // (4 * (n + 1)))
         kept = np.argsort(-counts, kind="stable")[:max_ngrams]

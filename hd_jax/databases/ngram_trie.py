@@ -12,6 +12,7 @@ An n-gram is kept if it occurs in at least `min_documents` documents. Hence its 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import os
@@ -133,6 +134,76 @@ class NgramTrie:
         origins, found, lengths, counts = origins[ascending], found[ascending], lengths[ascending], counts[ascending]
         kept = continuation_table.best_continuations(origins, found, lengths, counts, max_candidates)
         return found[kept], lengths[kept], counts[kept]
+
+    def frequent_prefixes(
+        self, suffix: np.ndarray | Sequence[int], max_nodes: int, max_depth: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What follows a suffix, as a trie of the most frequent prefixes of its continuations.
+
+        Args:
+          suffix: int32[k]; an empty one is followed by every kept token, one of max_order tokens and more by nothing.
+          max_nodes: of the trie.
+          max_depth: of its deepest node; a prefix of one token is at depth 1.
+
+        Returns:
+          Tokens, parents and counts, int32[n] each, n <= max_nodes: the nodes with the highest counts, in descending order,
+          ties by depth and then by ascending tokens, so that a parent precedes its children. Parents index nodes; -1 is
+          the suffix itself.
+        """
+        level, first, last, _ = self._find(suffix)
+        nodes, parents = np.arange(first, last), np.full(last - first, -1)
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # tokens, parents, counts of each depth
+        num_found = 0
+        for depth in range(max_depth):
+            counts = self.counts[level][nodes]
+            # None but the most frequent of a depth can be among the most frequent of all, or lead to such.
+            kept = np.sort(np.argsort(-counts, kind="stable")[:max_nodes])
+            nodes, parents, counts = nodes[kept], parents[kept], counts[kept]
+            found.append((self.tokens[level][nodes], parents, counts))
+            if level + 1 == self.max_order or depth + 1 == max_depth:
+                break
+            firsts = self.child_starts[level][nodes].astype(np.int64)
+            sizes = self.child_starts[level][nodes + 1] - firsts
+            parents = np.repeat(num_found + np.arange(len(nodes)), sizes)
+            num_found += len(nodes)
+            nodes = np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes) + np.arange(len(parents))
+            level += 1
+        if not found:
+            return np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32)
+        tokens, parents, counts = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        best = np.argsort(-counts, kind="stable")[:max_nodes]
+        index_of = np.full(len(tokens) + 1, -1, np.int32)  # the last for the suffix itself
+        index_of[best] = np.arange(len(best))
+        return tokens[best], index_of[parents[best]], counts[best]
+
+    def longest_suffix(self, tokens: np.ndarray | Sequence[int], max_length: int, min_length: int) -> tuple[int, int]:
+        """The longest suffix of int32[n] `tokens`, of min_length to max_length tokens, that a kept n-gram extends.
+
+        Returns:
+          Its length, less than max_order, and its occurrences in the corpus; 0 and 0 if there is none.
+        """
+        for length in range(min(max_length, self.max_order - 1, len(tokens)), max(min_length, 1) - 1, -1):
+            _, first, last, count = self._find(tokens[len(tokens) - length :])
+            if first < last:
+                return length, count
+        return 0, 0
+
+    def _find(self, suffix: np.ndarray | Sequence[int]) -> tuple[int, int, int, int]:
+        """The n-grams that extend a suffix by a token: their level, counted from 0, the first, and one past the last.
+
+        Then the suffix's own count, 0 for the empty one. Where there are none, first and last are equal.
+        """
+        if len(suffix) >= self.max_order:
+            return 0, 0, 0, 0
+        first, last, count = 0, len(self.tokens[0]), 0
+        for level, token in enumerate(suffix):
+            token = int(token)
+            node = bisect.bisect_left(self.tokens[level].data, token, first, last)
+            if node == last or self.tokens[level][node] != token:
+                return 0, 0, 0, 0
+            count = int(self.counts[level][node])
+            first, last = (int(start) for start in self.child_starts[level][node : node + 2])
+        return len(suffix), first, last, count
 
     def to_table(self, key_length: int, max_entries: int, length: int, max_bytes: int | None = None) -> ContinuationTable:
         """The device form: of every kept n-gram of `key_length` tokens its continuations, as `continuations` gives them.

@@ -1,5 +1,6 @@
 """Continuation tables against dictionaries of sorted lists."""
 
+import itertools
 from collections import Counter, defaultdict
 
 import jax
@@ -11,15 +12,26 @@ from hd_jax.databases import continuation_table
 from hd_jax.draft_tree import NO_TOKEN
 
 
+def prefixes(continuation):
+    return {continuation[:end] for end in range(1, len(continuation) + 1)}
+
+
+def weight(counted, covered):
+    """How often all of some prefixes were seen, in all."""
+    return sum(count for continuation, count in counted.items() for prefix in prefixes(continuation) if prefix in covered)
+
+
 def naive_best(counted: dict[tuple[int, ...], int], max_entries: int) -> list[tuple[tuple[int, ...], int]]:
-    """The rule in plain Python, for the continuations of one key."""
-    left = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
-    while True:
-        kept = left[:max_entries]
-        dropped = [c for c, _ in kept if any(len(d) > len(c) and d[: len(c)] == c for d, _ in kept)]
-        if not dropped:
-            return kept
-        left = [item for item in left if item[0] not in dropped]
+    """The rule in plain Python, for the continuations of one key: the next is always the one that adds the most."""
+    kept, covered = [], set()
+    while len(kept) < max_entries:
+        added = {c: weight(counted, prefixes(c) - covered) for c in counted}
+        best = min(added, key=lambda c: (-added[c], c), default=())
+        if not best or not added[best]:
+            break
+        kept.append((best, counted[best]))
+        covered |= prefixes(best)
+    return kept
 
 
 def random_pairs(seed: int, num_pairs: int, key_length: int, length: int, vocab: int):
@@ -88,13 +100,28 @@ def test_the_last_key_and_entry_of_the_table_are_found():
     assert lookup_all(table, last[None]) == [naive_best(counted[tuple(last.tolist())], 5)]
 
 
+def test_what_begins_like_many_comes_before_what_is_frequent_as_a_whole():
+    counted = {(1,): Counter({(5, 6, 7): 3, (5, 6, 8): 3, (5, 6, 9): 3, (4, 4, 4): 4})}
+    best = build(counted, 3, max_entries=1)
+    assert lookup_all(best, np.array([[1]], np.int32)) == [[((5, 6, 7), 3)]]
+    table = build(counted, 3, max_entries=4)
+    assert [c for c, _ in lookup_all(table, np.array([[1]], np.int32))[0]] == [(5, 6, 7), (4, 4, 4), (5, 6, 8), (5, 6, 9)]
+
+
 def test_a_beginning_gives_its_place_to_the_next():
     counted = {(1,): Counter({(5,): 9, (5, 6): 8, (7,): 7, (8,): 6})}
     table = build(counted, 2, max_entries=2)
     assert lookup_all(table, np.array([[1]], np.int32)) == [[((5, 6), 8), ((7,), 7)]]
-    # Not kept itself, the longer one does not displace its beginning.
-    table = build({(1,): Counter({(5,): 9, (7,): 8, (5, 6): 1})}, 2, max_entries=2)
-    assert lookup_all(table, np.array([[1]], np.int32)) == [[((5,), 9), ((7,), 8)]]
+
+
+@pytest.mark.parametrize("max_entries", [1, 2, 3])
+def test_no_other_choice_covers_more(max_entries):
+    for seed in range(20):
+        (counted,) = random_pairs(seed, 12, 1, 4, 1).values()
+        kept = [c for c, _ in lookup_all(build({(0,): counted}, 4, max_entries=max_entries), np.zeros((1, 1), np.int32))[0]]
+        choices = itertools.combinations(counted, min(max_entries, len(counted)))
+        most = max(weight(counted, set().union(*map(prefixes, choice))) for choice in choices)
+        assert weight(counted, set().union(*map(prefixes, kept))) == most > 0
 
 
 def test_padding_is_no_key():

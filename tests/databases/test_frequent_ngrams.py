@@ -7,11 +7,12 @@ import pytest
 from test_continuation_table import lookup_all, naive_best
 from test_ngram_trie import corpus
 
+from hd_jax.databases import SEPARATOR
 from hd_jax.databases.frequent_ngrams import FrequentNgrams
 
 
 def naive(documents, n):
-    counts = Counter(tuple(d[i : i + n].tolist()) for d in documents for i in range(len(d) - n + 1))
+    counts = Counter(ngram for d in documents for ngram in {tuple(d[i : i + n].tolist()) for i in range(len(d) - n + 1)})
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
@@ -35,6 +36,12 @@ def test_all_answers_and_their_last_ngrams_count():
     documents = [np.array([10 * i, 10 * i + 1, 10 * i + 2], np.int32) for i in range(1, 40)]
     database = FrequentNgrams.build(documents, 3)
     assert database.ngrams.tolist() == [d.tolist() for d in documents]
+
+
+def test_an_answer_that_repeats_itself_counts_once():
+    documents = [np.array([1, 2, 1, 2, 1, 2]), np.array([3, 4, SEPARATOR, 3, 4]), np.array([3, 4, SEPARATOR, 5])]
+    database = FrequentNgrams.build(documents, 2)
+    assert database.ngrams.tolist() == [[3, 4], [1, 2], [2, 1]] and database.counts.tolist() == [2, 1, 1]
 
 
 def test_bounds_and_file(tmp_path):

@@ -121,3 +121,40 @@ def test_empty_corpora_and_bad_input():
         NgramTrie.build([np.array([1]), np.array([-1])])
     with pytest.raises(ValueError, match=r"document 0 is float64\[2\]"):
         NgramTrie.build([np.ones(2)])
+
+
+def naive_prefixes(extensions, max_nodes, max_depth):
+    """The trie of Counter `extensions` (continuation -> occurrences, with all its prefixes): (path, count), best first."""
+    ranked = sorted(extensions.items(), key=lambda item: (-item[1], len(item[0]), item[0]))
+    return [(path, count) for path, count in ranked if len(path) <= max_depth][:max_nodes]
+
+
+def as_paths(tokens, parents, counts):
+    """(path, count) of each node; a parent stands before its children."""
+    paths = []
+    for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
+        assert -1 <= parent < len(paths)
+        paths.append((*paths[parent], token) if parent >= 0 else (token,))
+    assert all(array.dtype == np.int32 for array in (tokens, parents, counts))
+    return list(zip(paths, counts.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("max_nodes", "max_depth"), [(1, 1), (5, 3), (12, 2), (64, 10), (1000, 10)])
+def test_frequent_prefixes_and_longest_suffix_equal_a_naive_search(max_nodes, max_depth):
+    documents, max_order = corpus(8, num_documents=60, vocab=3), 5
+    trie = NgramTrie.build(documents, max_order=max_order, min_documents=3)
+    kept = naive_counts(documents, max_order, 3)
+    rng = np.random.default_rng(1)
+    num_hits, lengths = 0, set()
+    for _ in range(60):
+        tokens = rng.integers(0, 4, rng.integers(0, 7))
+        suffix = tuple(tokens.tolist())
+        extensions = Counter({n[len(suffix) :]: c for n, c in kept.items() if n[: len(suffix)] == suffix and n != suffix})
+        expected = naive_prefixes(extensions, max_nodes, max_depth)
+        assert as_paths(*trie.frequent_prefixes(tokens, max_nodes, max_depth)) == expected
+        num_hits += bool(expected)
+        found = [n for n in range(2, len(suffix) + 1) if any(k[:n] == suffix[-n:] and len(k) > n for k in kept)]
+        length = max([n for n in found if n <= 3], default=0)
+        assert trie.longest_suffix(tokens, 3, 2) == (length, kept.get(suffix[len(suffix) - length :], 0))
+        lengths.add(length)
+    assert num_hits >= 10 and lengths == {0, 2, 3}

@@ -1,13 +1,17 @@
 """The suffix array against a naive search."""
 
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 from test_continuation_table import as_list, lookup_all, naive_best
-from test_ngram_trie import corpus
+from test_ngram_trie import as_paths, corpus, naive_prefixes
 
 from hd_jax.databases import SEPARATOR, suffix_array
+from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
 
 
@@ -88,3 +92,71 @@ def test_file_round_trip_and_bounds(tmp_path):
     cut = SuffixArray.build(documents, max_bytes=8 * 50 + 7)
     assert cut.num_bytes == 400 and cut.text[:-1].tolist() == database.text[:49].tolist() and cut.text[-1] == SEPARATOR
     assert SuffixArray.build(documents, max_bytes=7).num_bytes == 0
+
+
+def naive_extensions(documents, suffix, max_depth):
+    """How often each sequence of 1 to max_depth tokens follows a suffix."""
+    counts = Counter()
+    for depth in range(1, max_depth + 1):
+        found = naive_continuations(documents, suffix, depth)
+        counts.update({path: count for path, count in found.items() if len(path) == depth})
+    return counts
+
+
+@pytest.mark.parametrize(("max_nodes", "max_depth"), [(1, 1), (5, 3), (12, 2), (64, 10), (1000, 10)])
+def test_frequent_prefixes_and_longest_suffix_equal_a_naive_search(max_nodes, max_depth):
+    documents = [*corpus(2, num_documents=40, vocab=3), np.array([0, 1, 2, SEPARATOR, 0, 1, 2, 7], np.int32)]
+    database = SuffixArray.build(documents)
+    rng = np.random.default_rng(1)
+    lengths = set()
+    for _ in range(60):
+        tokens = rng.integers(0, 3, rng.integers(0, 9))
+        tokens[: rng.integers(0, 3)] = rng.choice([SEPARATOR, 7, 50])
+        suffix = tuple(tokens.tolist())
+        expected = naive_prefixes(naive_extensions(documents, suffix, max_depth), max_nodes, max_depth)
+        assert as_paths(*database.frequent_prefixes(tokens, max_nodes, max_depth)) == expected
+        totals = [naive_extensions(documents, suffix[len(suffix) - n :], 1).total() for n in range(min(len(suffix), 6) + 1)]
+        length = max([n for n in range(2, len(totals)) if totals[n]], default=0)
+        assert database.longest_suffix(tokens, 6, 2) == (length, totals[length] if length else 0)
+        lengths.add(length)
+    assert lengths >= {0, 2, 4, 5, 6}
+    assert as_paths(*SuffixArray.build([]).frequent_prefixes([1], 4, 2)) == []
+
+
+KILLED_BUILD = """
+import os, signal, sys
+import numpy as np
+from hd_jax.databases import files
+from hd_jax.databases.suffix_array import SuffixArray
+
+def save_half(arrays, path, metadata):
+    save_file(arrays, path, metadata)
+    os.truncate(path, path.stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+save_file = files.save_file
+if sys.argv[2] == "while writing":
+    files.save_file = save_half
+else:
+    os.replace = lambda beside, path: os.kill(os.getpid(), signal.SIGKILL)
+SuffixArray.build([np.arange(1000)]).save(sys.argv[1], fingerprint="f")
+"""
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before renaming"])
+def test_a_build_that_is_killed_leaves_nothing_that_opens(tmp_path, moment):
+    path = tmp_path / "statistics.safetensors"
+    for older in (None, SuffixArray.build([np.array([1, 2, 3])])):
+        if older:
+            older.save(path, fingerprint="f")
+        ended = subprocess.run([sys.executable, "-c", KILLED_BUILD, path, moment], capture_output=True, text=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        if older:
+            assert Databases(tmp_path, "f").statistics.longest_suffix([1, 2], 2, 1) == (2, 1)
+        else:
+            with pytest.raises(ValueError, match="statistics database is missing"):
+                _ = Databases(tmp_path, "f").statistics
+    if moment == "while writing":
+        for beside in set(tmp_path.iterdir()) - {path}:
+            with pytest.raises(ValueError, match="truncated"):
+                SuffixArray.open(beside, "f")
