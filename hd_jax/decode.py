@@ -66,7 +66,7 @@ def load(name: str | os.PathLike | None = None, *, dtype: str | None = None, max
     tokenizer = tokenizers.load(folder)
     if max_context is not None and not 1 < max_context <= config.max_context:
         raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")
-    databases = Databases(folder / DATABASES, tokenizer.fingerprint)
+    databases = Databases(folder / DATABASES, tokenizer.fingerprint, token_classes=tokenizer.token_classes)
     return LM(config, Llama(config), params, tokenizer, str(folder), max_context or config.max_context, databases)
 
 
@@ -85,7 +85,7 @@ def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike 
     if databases is None:
         databases = lm.databases
     elif not isinstance(databases, Databases):
-        databases = Databases(databases, lm.tokenizer.fingerprint)
+        databases = Databases(databases, lm.tokenizer.fingerprint, token_classes=lm.tokenizer.token_classes)
     return drafters.make(name, databases, options)
 
 

@@ -11,6 +11,9 @@ A worked step, with the text "a b c" committed, the root c at position 2, and no
     cache slots  [a b c d e .]                    the path's rows, written once, next to each other; length 6, cached 5
 
 The root of the next step is f. The prompt's last token is the root of the first step: so prefill needs no logits.
+
+The targets may stand in a record instead (`Request.recorded`): then the same step replays a text that is known already, with
+the model or without one. Of a node that the record does not reach, here x, the target is unknown: NO_TOKEN.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hd_jax import draft_tree, sampling, verify
-from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN
+from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models.llama import Cache, Llama
 from hd_jax.sampling import Sampling, SamplingMode
@@ -44,6 +48,7 @@ class Request(NamedTuple):
     prompt_lengths: jax.Array  # int32[B]
     limits: jax.Array  # int32[B], the length at which a row ends: prompt + max_new_tokens, or the cache's end
     stop_tokens: jax.Array  # int32[B, any], ids that end a text
+    recorded: jax.Array | None = None  # int32[B, S], the whole texts, prompts included, then NO_TOKEN: replaces drawn targets
 
 
 class Logprobs(NamedTuple):
@@ -140,6 +145,32 @@ def verification_pass(model: Llama, params: Any, tree, ancestors, depths, state:
     return jax.lax.optimization_barrier(out)
 
 
+def refresh(drafter: Drafter, request: Request, state: State) -> Any:
+    """What the drafter looks up on the host before a dispatch of steps, of all rows."""
+    if drafter.refresh is None:
+        return ()
+    fetched = (np.asarray(state.tokens), np.asarray(state.lengths), np.asarray(request.prompt_lengths))
+    found = [drafter.refresh(Context(*row)) for row in zip(*fetched, strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *found)
+
+
+def recorded_targets(
+    recorded: jax.Array, tree: DraftTree, ancestors: jax.Array, depths: jax.Array, length: jax.Array
+) -> jax.Array:
+    """The token after each node in one row's record, int32[N]; NO_TOKEN after a node that the record does not go through.
+
+    Args:
+      recorded: int32[S].
+      tree: one row's; its root is recorded[length - 1].
+      ancestors: bool[N, N] of the tree.
+      depths: int32[N].
+      length: int32[], the root included.
+    """
+    at = lambda slots: recorded.at[slots].get(mode="fill", fill_value=NO_TOKEN)  # noqa: E731
+    is_said = draft_tree.is_node(tree) & ~tree.is_window & (tree.tokens == at(length - 1 + depths))
+    return jnp.where(jnp.any(ancestors & ~is_said, axis=-1), NO_TOKEN, at(length + depths))
+
+
 def _put(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Writes [B, P, ...] values into [B, S, ...] at each row's slot."""
     put = lambda b, v, slot: jax.lax.dynamic_update_slice(b, v, (slot,) + (0,) * (b.ndim - 1))  # noqa: E731
@@ -160,22 +191,35 @@ def _logprobs(logits: jax.Array, tokens: jax.Array, num_top: int) -> Logprobs:
 
 
 def step(
-    model: Llama, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
+    model: Llama | None, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
 ) -> tuple[State, jax.Array, jax.Array]:
     """One step of every row: draft, verify, commit, update. Rows that have ended stay as they are.
+
+    Without a model the request's record says all targets, the cache is empty, and there are no logits.
 
     Returns:
       The state, the number of tokens appended and that of draft nodes verified: int32[B] each.
     """
     contexts = _contexts(request, state, host)
     tree = jax.vmap(drafter.draft, in_axes=(None, 0, 0))(drafter.tables, state.drafter, contexts)
-    tree = draft_tree.without_foreign_tokens(tree, model.config.vocab_size)
+    if model is not None:
+        tree = draft_tree.without_foreign_tokens(tree, model.config.vocab_size)
     tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, max(settings.width, drafter.num_nodes))
     ancestors = jax.vmap(draft_tree.ancestor_mask)(tree)
     depths = draft_tree.depths(ancestors)
-    logits, new_rows = verification_pass(model, params, tree, ancestors, depths, state, settings.is_exact)
+    known = None
+    if request.recorded is not None:
+        known = jax.vmap(recorded_targets)(request.recorded, tree, ancestors, depths, state.lengths)
+    if model is not None:
+        logits, new_rows = verification_pass(model, params, tree, ancestors, depths, state, settings.is_exact)
+        targets = sampling.draw(logits, state.lengths, depths, drafter.max_depth, settings.mode, request.sampling)
+        if known is not None:  # A drawn token is never negative. Asking keeps the model at all of its work, for timing.
+            targets = jnp.where(targets >= 0, known, targets)
+    elif known is not None:
+        logits, new_rows, targets = jnp.zeros((*tree.tokens.shape, 0)), (), known
+    else:
+        raise ValueError("a step needs a model, or a record of the text")
 
-    targets = sampling.draw(logits, state.lengths, depths, drafter.max_depth, settings.mode, request.sampling)
     path = jax.vmap(verify.walk, in_axes=(0, 0, 0, None))(tree, ancestors, targets, drafter.max_depth)
     nodes = jnp.maximum(path.nodes, 0)
     appended = jnp.take_along_axis(targets, nodes, axis=1)  # [B, P]: an accepted child is its parent's target
@@ -216,7 +260,7 @@ def step(
     feedback = Feedback(
         tree=jax.tree.map(own, tree),
         targets=own(targets),
-        argmax=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        argmax=own(targets) if known is not None else jnp.argmax(logits, axis=-1).astype(jnp.int32),
         top_tokens=top_tokens,
         top_logits=top_logits,
         path=path.nodes,
@@ -229,7 +273,7 @@ def step(
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state")
 def run_steps(
-    model: Llama,
+    model: Llama | None,
     settings: StepSettings,
     params: Any,
     drafter: Drafter,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from hd_jax import drafters, loop, runner
+from hd_jax import draft_tree, drafters, loop, runner
+from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters import Drafter
 from hd_jax.models.llama import empty_cache
 from hd_jax.runner import LM, Options, Row
@@ -73,3 +74,79 @@ def test_finished_rows_stay_as_they_are(lm):
     assert state.lengths.tolist() == [12, 29]
     assert np.asarray(record.num_appended).sum(axis=1).tolist() == [3, 20]
     assert int(state.counts[0].sum()) <= int(state.counts[1].sum())
+
+
+def _tree(*nodes: tuple[int, int]) -> DraftTree:
+    """A tree of (token, parent) nodes."""
+    tokens, parents = (jnp.asarray(column, jnp.int32) for column in zip(*nodes, strict=True))
+    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool))
+
+
+@pytest.mark.parametrize(
+    ("length", "tree", "expected"),
+    [
+        # The record is 5 6 7 8 9: the path 7 8 is in it; 4 is not, nor is the 8 after it, nor an unused place.
+        (2, _tree((6, NO_PARENT), (7, 0), (4, 0), (8, 1), (8, 2), (0, UNUSED)), [7, 8, NO_TOKEN, 9, NO_TOKEN, NO_TOKEN]),
+        (5, _tree((9, NO_PARENT), (5, 0)), [NO_TOKEN, NO_TOKEN]),  # the record has ended
+    ],
+)
+def test_only_nodes_on_the_recorded_path_have_recorded_targets(length, tree, expected):
+    recorded = jnp.asarray([5, 6, 7, 8, 9, NO_TOKEN, NO_TOKEN, NO_TOKEN])
+    ancestors = draft_tree.ancestor_mask(tree)
+    targets = loop.recorded_targets(recorded, tree, ancestors, draft_tree.depths(ancestors), jnp.int32(length))
+    assert targets.tolist() == expected
+
+
+def _recorded(arguments, texts):
+    """The arguments with a record in the drawn targets' place."""
+    request, state = arguments[4], arguments[6]
+    recorded = np.full(state.tokens.shape, NO_TOKEN, np.int32)
+    for row, text in zip(recorded, texts, strict=True):
+        row[: len(text)] = text
+    return (*arguments[:4], request._replace(recorded=jnp.asarray(recorded)), *arguments[5:])
+
+
+def test_a_record_stands_in_for_what_the_model_would_have_said(lm):
+    text = [3, 4, 5] * 8 + [7, 9, 3, 11, 2]
+    arguments, _ = _arguments(lm, drafters.pld(num_nodes=5), 1)
+    decoded, _ = loop.run_steps(*arguments[:7], jnp.int32(20), sync_every=20)
+    assert decoded.tokens[0, :29].tolist() != text, "the model itself says this text: the test would show nothing"
+    arguments, _ = _arguments(lm, drafters.pld(num_nodes=5), 1)
+    replayed, record = loop.run_steps(*_recorded(arguments, [text])[:7], jnp.int32(20), sync_every=20)
+    assert replayed.tokens[0, :29].tolist() == text
+    assert record.num_appended[0, :2].max() > 1
+
+
+def test_a_replay_without_a_model_takes_the_steps_of_one_with_it(lm):
+    text = [3, 4, 5] * 8 + [7, 9, 3, 11, 2]
+    drafter = drafters.pld(num_nodes=5)
+    arguments, slots = _arguments(lm, drafter, 1)
+    with_model = _recorded(arguments, [text])
+    request = with_model[4]
+    state, record = loop.run_steps(*with_model[:7], jnp.int32(20), sync_every=20)
+    tokens = jnp.zeros((1, slots), jnp.int32).at[0, :9].set(jnp.asarray(text[:9]))
+    alone = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, None), 0)
+    alone, record_alone = loop.run_steps(
+        None, loop.StepSettings(), None, drafter, request, (), alone, jnp.int32(20), sync_every=20
+    )
+    assert record_alone.num_appended.tolist() == record.num_appended.tolist()
+    assert record_alone.num_nodes.tolist() == record.num_nodes.tolist()
+    assert alone.counts.tolist() == state.counts.tolist()
+    assert alone.tokens[0, :29].tolist() == text
+
+
+def test_a_model_does_all_of_its_work_in_a_replay(lm):
+    """Its head too, although nothing is drawn from it: what a timed replay measures is what decoding does."""
+    arguments, _ = _arguments(lm, drafters.pld(), 1)
+    num_products = []  # of the vocabulary's width, or of the equally wide layers within
+    for each in (arguments, _recorded(arguments, [[3] * 29])):
+        text = loop.run_steps.lower(*each, sync_every=4).compile().as_text()
+        num_products.append(len(re.findall(rf"= f32\[[\d,]*{lm.config.vocab_size}\]\S* (?:dot|fusion|custom-call)\(", text)))
+    assert num_products[0] > 0, "the pattern finds nothing"
+    assert num_products[0] == num_products[1]
+
+
+def test_a_step_needs_a_model_or_a_record(lm):
+    arguments, _ = _arguments(lm, drafters.pld(), 1)
+    with pytest.raises(ValueError, match="needs a model, or a record"):
+        loop.run_steps(None, *arguments[1:], sync_every=4)

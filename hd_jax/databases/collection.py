@@ -8,22 +8,26 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from hd_jax.databases import files
+import numpy as np
+
+from hd_jax.databases import files, successor_table
 from hd_jax.databases.continuation_table import ContinuationTable
 from hd_jax.databases.frequent_ngrams import FrequentNgrams
 from hd_jax.databases.ngram_trie import NgramTrie
+from hd_jax.databases.successor_table import SuccessorTable
 from hd_jax.databases.suffix_array import SuffixArray
 
 # File names; a statistics database is of either form.
-FILES = {"model": "model.safetensors", "statistics": "statistics.safetensors"}
+FILES = {"model": "model.safetensors", "model_text": "model_text.safetensors", "statistics": "statistics.safetensors"}
 
 
 class Databases:
-    """D_m and D_s of a model.
+    """D_m, in two forms, and D_s of a model.
 
     Attributes:
       folder: where the files are looked for; None for nowhere.
       fingerprint: of the tokenizer whose ids the files must hold; databases that are given are taken as they are.
+      token_classes: int32[V], the tokenizer's; None where it is not known.
     """
 
     def __init__(
@@ -32,17 +36,25 @@ class Databases:
         fingerprint: str | None = None,
         *,
         model: FrequentNgrams | None = None,
+        model_text: NgramTrie | SuffixArray | None = None,
         statistics: NgramTrie | SuffixArray | None = None,
+        token_classes: np.ndarray | None = None,
     ):
         self.folder = None if folder is None else pathlib.Path(folder)
         self.fingerprint = fingerprint
-        self._given: dict[str, Any] = {"model": model, "statistics": statistics}
+        self.token_classes = token_classes
+        self._given: dict[str, Any] = {"model": model, "model_text": model_text, "statistics": statistics}
         self._made: dict[Any, Any] = {}
 
     @functools.cached_property
     def model(self) -> FrequentNgrams:
-        """D_m. Raises ValueError where there is none, or it was built with another tokenizer."""
+        """D_m as its most frequent n-grams. Raises ValueError where there is none, or it was built with another tokenizer."""
         return self._given["model"] or FrequentNgrams.open(self._path("model"), self.fingerprint)
+
+    @functools.cached_property
+    def model_text(self) -> NgramTrie | SuffixArray:
+        """D_m as statistics of the model's own text, with every match length. Raises as `model`."""
+        return self._given["model_text"] or open_statistics(self._path("model_text"), self.fingerprint)
 
     @functools.cached_property
     def statistics(self) -> NgramTrie | SuffixArray:
@@ -58,6 +70,11 @@ class Databases:
     def table(self, kind: str, **settings: Any) -> ContinuationTable:
         """The device form of the "model" or "statistics" database; made once for the same settings."""
         return self.once((kind, *sorted(settings.items())), lambda: getattr(self, kind).to_table(**settings))
+
+    def successors(self, kind: str, **settings: Any) -> SuccessorTable:
+        """The successor table of the "model_text" or "statistics" database; made once for the same settings."""
+        key = ("successors", kind, *sorted(settings.items()))
+        return self.once(key, lambda: successor_table.build(getattr(self, kind), **settings))
 
     def _path(self, kind: str) -> pathlib.Path:
         path = None if self.folder is None else self.folder / FILES[kind]

@@ -9,11 +9,21 @@ from typing import Any
 from hd_jax.databases.collection import Databases
 from hd_jax.drafters.base import Drafter
 from hd_jax.drafters.hd import hd
+from hd_jax.drafters.hd_tree import hd_tree
 from hd_jax.drafters.none import none
 from hd_jax.drafters.pld import pld
+from hd_jax.drafters.rest import rest
+from hd_jax.drafters.suffix import suffix
 
 # Makers take their options by keyword. One that has a parameter `databases` is given those of the model.
-MAKERS: dict[str, Callable[..., Drafter]] = {"none": none, "pld": pld, "hd": hd}
+MAKERS: dict[str, Callable[..., Drafter]] = {
+    "none": none,
+    "pld": pld,
+    "rest": rest,
+    "suffix": suffix,
+    "hd": hd,
+    "hd_tree": hd_tree,
+}
 
 
 def make(name: str, databases: Databases, options: dict[str, Any]) -> Drafter:

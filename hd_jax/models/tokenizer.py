@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from hd_jax.models import weights
 
@@ -41,6 +44,8 @@ TEMPLATES = {
 }
 
 ROLES = ("system", "user", "assistant")
+TOKEN_CLASSES = ("word", "word part", "digit", "white space", "special", "sentence end", "comma", "other")
+_SPACE_MARKS = ("\u2581", "\u0120")  # of SentencePiece and of byte-level vocabularies, at a word's beginning
 
 
 class Tokenizer:
@@ -75,6 +80,14 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @functools.cached_property
+    def token_classes(self) -> np.ndarray:
+        """int32[vocab_size], the coarse kind of every token: an index into TOKEN_CLASSES."""
+        pieces = self._tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
+        special = set(self._tokenizer.all_special_ids)
+        found = ["special" if i in special else _token_class(piece or "") for i, piece in enumerate(pieces)]
+        return np.array([TOKEN_CLASSES.index(name) for name in found], np.int32)
+
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation in the model's chat format.
 
@@ -103,6 +116,20 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template of {self._name} cannot hold these messages: {error}") from error
         return self.encode(text, add_bos=False)  # The template has written the BOS.
+
+
+def _token_class(piece: str) -> str:
+    """One of TOKEN_CLASSES, by a vocabulary's own form of a token."""
+    text = piece[1:] if piece.startswith(_SPACE_MARKS) else piece
+    if text[:1].isalpha():
+        return "word" if text != piece else "word part"
+    if text[:1].isdigit():
+        return "digit"
+    if text in ("", "<0x0A>", "\u010a", "\u010a\u010a"):  # a space; a line's end, as a byte and in byte-level form
+        return "white space"
+    if text in (".", "!", "?", ":", ";"):
+        return "sentence end"
+    return "comma" if text == "," else "other"
 
 
 def load(name: str | os.PathLike[str], template: str | None = None) -> Tokenizer:

@@ -1,0 +1,268 @@
+"""The device form of a corpus for drafting token by token: what may come next, and with which probability.
+
+A context is the last k tokens of a text, k = 1 to K. Each kept context has a list of its likeliest successors, with
+probabilities that are already interpolated with those of shorter contexts (absolute discounting; Ney, Essen and Kneser 1994):
+
+    p_k(t | w_1 .. w_k) = max(count(w_1 .. w_k t) - D, 0) / n  +  D * distinct / n * p_(k-1)(t | w_2 .. w_k)
+
+where n counts what followed the context, and `distinct` the different tokens among it. p_0 is the unigram distribution. So a
+lookup needs the list of the longest kept context alone. A kept context's shorter ones occur as often at least, and are kept.
+
+Contexts are found by hash: those of a bucket stand together, and a second hash tells them apart.
+
+    bucket_starts    0      2  2      bucket b holds contexts bucket_starts[b] : bucket_starts[b + 1]
+    fingerprints     f0 f1     f2     context i owns the successors entry_starts[i] : entry_starts[i + 1]
+    entry_starts     0  3   5  9
+    tokens           t0 t1 t2 ..      the likeliest first
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hd_jax.databases.ngram_trie import NgramTrie
+from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.draft_tree import NO_TOKEN
+
+DISCOUNT = 0.75  # D
+MIN_PROBABILITY = 1e-3  # successors that are less likely are left out
+MAX_TEXT = 1 << 25  # tokens of running text whose n-grams are counted in memory
+
+
+@flax.struct.dataclass
+class SuccessorTable:
+    """See the module. C contexts in all, M successors in all, at most G of a context, W contexts in the fullest bucket."""
+
+    bucket_starts: jax.Array  # int32[num_buckets + 1], num_buckets a power of two
+    fingerprints: jax.Array  # uint32[C + W]
+    entry_starts: jax.Array  # int32[C + 1]
+    counts: jax.Array  # int32[C + 1], how often something followed the context
+    tokens: jax.Array  # int32[M + G]
+    probabilities: jax.Array  # float32[M + G]
+    max_order: int = flax.struct.field(pytree_node=False)  # K
+    num_successors: int = flax.struct.field(pytree_node=False)  # G
+    bucket_width: int = flax.struct.field(pytree_node=False)  # W
+
+    @property
+    def num_contexts(self) -> int:
+        """C."""
+        return self.entry_starts.shape[0] - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays, padding included."""
+        return sum(array.size * 4 for array in jax.tree.leaves(self))
+
+
+class Successors(NamedTuple):
+    """What a table knows about the ends of Q texts."""
+
+    tokens: jax.Array  # int32[Q, G], NO_TOKEN where there are fewer
+    probabilities: jax.Array  # float32[Q, G], descending; 0 there
+    orders: jax.Array  # int32[Q], length of the context that was found; 0 for none
+    counts: jax.Array  # int32[Q], how often something followed it
+
+
+def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
+    """The successors of the longest kept context at the end of each text.
+
+    Args:
+      table: to look in.
+      suffixes: int32[Q, H], H at least max_order; the last tokens of the texts, the newest last. Where a text begins,
+        NO_TOKEN: no context holds it.
+    """
+    num_buckets = table.bucket_starts.shape[0] - 1
+    hashes, fingerprints = _hashes(suffixes[:, ::-1][:, : table.max_order])  # [Q, K]
+    buckets = (hashes & np.uint32(num_buckets - 1)).astype(jnp.int32)
+    first, last = table.bucket_starts[buckets], table.bucket_starts[buckets + 1]
+    places = first[..., None] + jnp.arange(table.bucket_width, dtype=jnp.int32)  # [Q, K, W]
+    is_found = (table.fingerprints[places] == fingerprints[..., None]) & (places < last[..., None])
+    contexts = jnp.max(jnp.where(is_found, places, -1), axis=-1)  # [Q, K]
+    orders = jnp.max(jnp.where(contexts >= 0, jnp.arange(1, table.max_order + 1), 0), axis=-1).astype(jnp.int32)
+    context = jnp.take_along_axis(contexts, jnp.maximum(orders - 1, 0)[:, None], axis=-1)[:, 0]
+    context = jnp.where(orders > 0, context, table.num_contexts - 1)
+    start = table.entry_starts[context]
+    entries = start[:, None] + jnp.arange(table.num_successors, dtype=jnp.int32)
+    is_entry = (entries < table.entry_starts[context + 1][:, None]) & (orders > 0)[:, None]
+    return Successors(
+        tokens=jnp.where(is_entry, table.tokens[entries], NO_TOKEN),
+        probabilities=jnp.where(is_entry, table.probabilities[entries], 0.0),
+        orders=orders,
+        counts=jnp.where(orders > 0, table.counts[context], 0),
+    )
+
+
+def build(
+    database: NgramTrie | SuffixArray,
+    *,
+    max_order: int = 5,
+    num_successors: int = 16,
+    min_count: int = 2,
+    max_bytes: int | None = None,
+) -> SuccessorTable:
+    """The table of a statistics database.
+
+    Args:
+      database: its n-grams of up to max_order + 1 tokens are counted; of a trie, as far as its order goes.
+      max_order: K.
+      num_successors: G.
+      min_count: a context is kept if something followed it so often.
+      max_bytes: of the table; min_count is doubled until it fits.
+
+    Raises:
+      ValueError: an option is out of range, or the database is running text of more than MAX_TEXT tokens.
+    """
+    if max_order < 1 or num_successors < 1 or min_count < 1:
+        values = f"{max_order}, {num_successors}, {min_count}"
+        raise ValueError(f"max_order, num_successors and min_count must be at least 1, not {values}")
+    if isinstance(database, SuffixArray):
+        if len(database.text) > MAX_TEXT:
+            raise ValueError(
+                f"a table of {len(database.text)} tokens of running text would take too long; at most {MAX_TEXT}. "
+                "Build an n-gram database of it: python -m experiments.build_databases --kind=statistics --form=ngrams"
+            )
+        database = database.to_trie(max_order + 1)
+    max_order = min(max_order, database.max_order - 1)
+    if max_order < 1:
+        raise ValueError("a table of successors needs n-grams of at least two tokens")
+    ngrams = [database.ngrams(order) for order in range(1, max_order + 2)]
+    while True:
+        table = _build(ngrams, num_successors, min_count)
+        if max_bytes is None or table.num_bytes <= max_bytes:
+            return table
+        min_count *= 2
+        if min_count > 1 << 24:
+            raise ValueError(f"max_bytes {max_bytes} is less than an empty table takes")
+
+
+class _Level(NamedTuple):
+    """The kept contexts of one order, by ascending key, and their successors."""
+
+    keys: np.ndarray  # uint64[C_k]
+    counts: np.ndarray  # int64[C_k]
+    sizes: np.ndarray  # int64[C_k], successors of each
+    tokens: np.ndarray  # int32[M_k]
+    probabilities: np.ndarray  # float32[M_k]
+
+
+def _build(ngrams: list[tuple[np.ndarray, np.ndarray]], num_successors: int, min_count: int) -> SuccessorTable:
+    unigrams, unigram_counts = ngrams[0]
+    total = max(int(unigram_counts.sum()), 1)
+    # The unigrams stand for the successors of the empty context.
+    shorter = _Level(
+        keys=np.zeros(1, np.uint64),
+        counts=np.array([total]),
+        sizes=np.array([len(unigrams)]),
+        tokens=unigrams[:, 0],
+        probabilities=(unigram_counts / total).astype(np.float32),
+    )
+    levels = []
+    for rows, counts in ngrams[1:]:
+        shorter = _interpolated(rows, counts.astype(np.int64), shorter, num_successors, min_count)
+        levels.append(shorter)
+    keys, counts, sizes = (np.concatenate([getattr(level, name) for level in levels]) for name in ("keys", "counts", "sizes"))
+    tokens, probabilities = (np.concatenate([getattr(level, name) for level in levels]) for name in ("tokens", "probabilities"))
+    starts = np.cumsum(sizes) - sizes
+    num_buckets = 1 << max(len(keys) - 1, 0).bit_length()
+    buckets = (keys & np.uint64(num_buckets - 1)).astype(np.int64)
+    by_bucket = np.argsort(buckets, kind="stable")
+    loads = np.bincount(buckets, minlength=num_buckets)
+    width = int(loads.max(initial=1))
+    sizes = sizes[by_bucket]
+    entry_starts = np.concatenate([[0], np.cumsum(sizes)])
+    entries = np.repeat(starts[by_bucket] - entry_starts[:-1], sizes) + np.arange(entry_starts[-1])
+    fingerprints = (keys[by_bucket] >> np.uint64(32)).astype(np.uint32)
+    return SuccessorTable(
+        bucket_starts=jnp.asarray(np.concatenate([[0], np.cumsum(loads)]).astype(np.int32)),
+        fingerprints=jnp.asarray(np.pad(fingerprints, (0, width))),
+        entry_starts=jnp.asarray(np.pad(entry_starts, (0, int(not len(keys)))).astype(np.int32)),
+        counts=jnp.asarray(np.pad(counts[by_bucket], (0, 1)).astype(np.int32)),
+        tokens=jnp.asarray(np.pad(tokens[entries], (0, num_successors), constant_values=NO_TOKEN).astype(np.int32)),
+        probabilities=jnp.asarray(np.pad(probabilities[entries], (0, num_successors)).astype(np.float32)),
+        max_order=len(levels),
+        num_successors=num_successors,
+        bucket_width=width,
+    )
+
+
+def _interpolated(rows: np.ndarray, counts: np.ndarray, shorter: _Level, num_successors: int, min_count: int) -> _Level:
+    """The level of contexts rows[:, :-1], from their successors rows[:, -1] and the level of contexts a token shorter.
+
+    Args:
+      rows: int32[R, k + 1], ascending.
+      counts: int64[R].
+      shorter: of order k - 1.
+      num_successors: G.
+      min_count: of a context.
+    """
+    order = rows.shape[1] - 1
+    is_new = np.ones(len(rows), bool)
+    is_new[1:] = np.any(rows[1:, :-1] != rows[:-1, :-1], axis=1)
+    starts = np.flatnonzero(is_new)
+    sizes = np.diff(starts, append=len(rows))
+    totals = np.add.reduceat(counts, starts) if len(starts) else np.zeros(0, np.int64)
+    is_kept = totals >= min_count
+    in_kept = np.repeat(is_kept, sizes)
+    contexts = rows[starts[is_kept], :-1]
+    sizes, totals = sizes[is_kept], totals[is_kept]
+    groups = np.repeat(np.arange(len(totals)), sizes)
+    own_tokens, own = rows[in_kept, -1], np.maximum(counts[in_kept] - DISCOUNT, 0) / totals[groups]
+    backoff = DISCOUNT * sizes / totals  # the weight of the shorter context
+    if order == 1:  # every token is a successor of the empty context: look up those that matter
+        dense = np.zeros(int(max(shorter.tokens.max(initial=0), own_tokens.max(initial=0))) + 1)
+        dense[shorter.tokens] = shorter.probabilities
+        own = own + backoff[groups] * dense[own_tokens]
+    else:
+        parents = np.searchsorted(shorter.keys, _keys(contexts[:, 1:]))
+        lent_sizes = shorter.sizes[parents]
+        lent_starts = (np.cumsum(shorter.sizes) - shorter.sizes)[parents]
+        lent_groups = np.repeat(np.arange(len(totals)), lent_sizes)
+        within = np.arange(len(lent_groups)) - np.repeat(np.cumsum(lent_sizes) - lent_sizes, lent_sizes)
+        lent = lent_starts[lent_groups] + within
+        groups = np.concatenate([groups, lent_groups])
+        own_tokens = np.concatenate([own_tokens, shorter.tokens[lent]])
+        own = np.concatenate([own, backoff[lent_groups] * shorter.probabilities[lent]])
+        pairs = groups.astype(np.int64) << 32 | own_tokens  # a token that both propose has the sum
+        by_pair = np.argsort(pairs, kind="stable")
+        pairs, own = pairs[by_pair], own[by_pair]
+        firsts = np.flatnonzero(np.diff(pairs, prepend=-1))
+        own = np.add.reduceat(own, firsts) if len(firsts) else own
+        groups, own_tokens = pairs[firsts] >> 32, (pairs[firsts] & 0xFFFFFFFF).astype(np.int32)
+    ranked = np.lexsort([-own, groups])
+    ranked_groups = groups[ranked]
+    first_of = np.searchsorted(ranked_groups, np.arange(len(totals)))
+    place = np.arange(len(ranked)) - first_of[ranked_groups]
+    ranked = ranked[(place < num_successors) & (own[ranked] >= MIN_PROBABILITY)]
+    keys = _keys(contexts)
+    by_key = np.argsort(keys, kind="stable")
+    sizes = np.bincount(groups[ranked], minlength=len(totals))
+    starts = (np.cumsum(sizes) - sizes)[by_key]
+    sizes = sizes[by_key]
+    entries = ranked[np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())]
+    return _Level(keys[by_key], totals[by_key], sizes, own_tokens[entries], own[entries].astype(np.float32))
+
+
+def _keys(contexts: np.ndarray) -> np.ndarray:
+    """uint64[C] of int32[C, k] contexts: the fingerprint in the upper half, the hash in the lower one."""
+    hashes, fingerprints = _hashes(contexts[:, ::-1])
+    return fingerprints[:, -1].astype(np.uint64) << np.uint64(32) | hashes[:, -1].astype(np.uint64)
+
+
+def _hashes(newest_first: Any) -> tuple[Any, Any]:
+    """Two hashes uint32[Q, K] of the contexts of 1 to K tokens of int32[Q, K]; the same for numpy and JAX arrays."""
+    both = []
+    for seed, factor in ((0x9E3779B1, 0x85EBCA6B), (0x7FEB352D, 0x846CA68B)):
+        value, found = np.uint32(seed), []
+        for column in range(newest_first.shape[1]):
+            value = (value ^ newest_first[:, column].astype(np.uint32)) * np.uint32(factor)
+            value = (value ^ (value >> np.uint32(15))) * np.uint32(0xC2B2AE35)
+            value = value ^ (value >> np.uint32(13))
+            found.append(value)
+        stack = np.stack if isinstance(newest_first, np.ndarray) else jnp.stack
+        both.append(stack(found, axis=1))
+    return both[0], both[1]
