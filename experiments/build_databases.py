@@ -1,6 +1,7 @@
 r"""Builds the databases that drafters draft from.
 
     python -m experiments.build_databases --kind=model --prompts=prompts.jsonl --output=model.safetensors
+    python -m experiments.build_databases --kind=model_text --prompts=prompts.jsonl --output=model_text.safetensors
     python -m experiments.build_databases --kind=statistics --form=ngrams --inputs=a.jsonl.gz,b.txt --output=text.safetensors
     python -m experiments.build_databases --kind=statistics --form=suffix_array --inputs=a.jsonl.gz --output=text.safetensors
     python -m experiments.build_databases --kind=trigrams --inputs=a.jsonl.gz --output=trigrams.safetensors
@@ -9,11 +10,12 @@ r"""Builds the databases that drafters draft from.
 Kinds:
 
     model       D_m: the most frequent n-grams of the model's own greedy answers to a file of prompts.
+    model_text  D_m as text: a suffix array of the same answers.
     statistics  D_s, of text: n-grams that occur in several documents, without the running text, or a suffix array of it.
     trigrams    the likeliest successors of token pairs of text.
     sampled     a suffix array of text that the model samples itself, at temperature 1, from its BOS token on.
 
-The first and the last run the model. Their answers are kept in `<output>.answers.jsonl`, one line each as they come, so a
+The first two and the last run the model. Their answers are kept in `<output>.answers.jsonl`, one line each as they come, so a
 job that was stopped goes on where it was, and a database with other settings is built from the same answers. The others
 need a tokenizer alone.
 
@@ -43,11 +45,13 @@ from absl import flags
 
 from experiments import program
 
+_GREEDY = ("model", "model_text")  # kinds of the model's answers to prompts
 _PIECE_CHARACTERS = 1 << 20  # of a text file, tokenized at once
 
 # The flags that belong to each kind, besides those of every kind.
 KINDS = {
     "model": ("prompts", "ngram", "max_ngrams", "max_new_tokens", "batch_size", "max_tokens"),
+    "model_text": ("prompts", "max_new_tokens", "batch_size", "max_tokens"),
     "statistics": ("inputs", "form", "answers_only", "exclude_sources", "max_order", "min_documents", "max_tokens"),
     "trigrams": ("inputs", "answers_only", "exclude_sources", "max_pairs", "max_successors", "max_tokens"),
     "sampled": ("num_tokens", "max_new_tokens", "batch_size", "seed"),
@@ -132,7 +136,7 @@ def run(job: Job, library: Library) -> str:
     started = time.perf_counter()
     output = pathlib.Path(job.output)
     _check(job, output)
-    if job.kind in ("model", "sampled"):
+    if job.kind in (*_GREEDY, "sampled"):
         lm = library.load(job.model)
         fingerprint = lm.tokenizer.fingerprint
         documents = _answers(job, lm, library.generate)
@@ -167,8 +171,8 @@ def run(job: Job, library: Library) -> str:
 def _check(job: Job, output: pathlib.Path) -> None:
     if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(f"--output={output}: cannot be written; its folder must exist and be writable")
-    if job.kind == "model" and not job.prompts:
-        raise ValueError("--kind=model needs --prompts, a .jsonl or .jsonl.gz file")
+    if job.kind in _GREEDY and not job.prompts:
+        raise ValueError(f"--kind={job.kind} needs --prompts, a .jsonl or .jsonl.gz file")
     if job.kind in ("statistics", "trigrams") and not job.inputs:
         raise ValueError(f"--kind={job.kind} needs --inputs, a comma list of .txt, .jsonl or .jsonl.gz files")
     for path in [*job.inputs, *([job.prompts] if job.prompts else [])]:
@@ -298,7 +302,7 @@ def _content(turn: Any) -> Any:
 
 def _answers(job: Job, lm: Any, generate: Callable[..., Any]) -> list[np.ndarray]:
     """The model's answers to the job's requests, int32[n] each: those kept from earlier runs, then new ones."""
-    if job.kind == "model":
+    if job.kind in _GREEDY:
         assert job.prompts is not None
         temperature, max_tokens = 0.0, job.max_tokens
         requests: Iterable[Request] = _requests(read_prompts(job.prompts), lm)
@@ -426,7 +430,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("kind", None, list(KINDS), "What to build; see above.", required=True)
     flags.DEFINE_string("output", None, "File to write.", required=True)
     flags.DEFINE_string("model", None, "Model folder or hub name; by default the embedded model.")
-    flags.DEFINE_string("prompts", None, "model: file of prompts.")
+    flags.DEFINE_string("prompts", None, "model, model_text: file of prompts.")
     flags.DEFINE_list("inputs", [], "statistics, trigrams: comma list of files.")
     flags.DEFINE_enum("form", defaults.form, ["ngrams", "suffix_array"], "statistics: without or with the running text.")
     flags.DEFINE_bool("answers_only", defaults.answers_only, "statistics, trigrams: of chats, only what the assistant says.")
@@ -436,7 +440,7 @@ def define_flags() -> None:
     def define(name: str, help_text: str, lower_bound: int = 1) -> None:
         flags.DEFINE_integer(name, getattr(defaults, name), help_text, lower_bound=lower_bound)
 
-    define("max_tokens", "model, statistics, trigrams: read or generate so many tokens at most.")
+    define("max_tokens", "model, model_text, statistics, trigrams: read or generate so many tokens at most.")
     define("num_tokens", "sampled: tokens to sample.")
     define("ngram", "model: n of the n-grams.", 2)
     define("max_ngrams", "model: n-grams to keep.")
@@ -444,8 +448,8 @@ def define_flags() -> None:
     define("min_documents", "statistics, ngrams: keep an n-gram that occurs in so many documents.")
     define("max_pairs", "trigrams: pairs to keep.")
     define("max_successors", "trigrams: successors to keep of a pair.")
-    define("max_new_tokens", "model, sampled: tokens of an answer at most.")
-    define("batch_size", "model, sampled: answers decoded together.")
+    define("max_new_tokens", "model, model_text, sampled: tokens of an answer at most.")
+    define("batch_size", "model, model_text, sampled: answers decoded together.")
     define("seed", "sampled: of the first text; each has the next one.", 0)
 
 
@@ -468,7 +472,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         print(run(job, Library.default()))
     except KeyboardInterrupt:
-        is_kept = job.kind in ("model", "sampled")
+        is_kept = job.kind in (*_GREEDY, "sampled")
         print("\nStopped" + ("; the answers are kept, and the same command goes on." if is_kept else "."), file=sys.stderr)
         sys.exit(130)
 

@@ -3,10 +3,15 @@ r"""Fits the weights of `hd_tree`: how likely a candidate is, from what its sour
     python -m experiments.fit_hd_tree --traces=answers.jsonl --questions=question.jsonl --tokenizer=FOLDER --template=vicuna \
         --model_corpus=own.jsonl.gz --statistics_corpus=other.jsonl.gz --output=hd_tree.safetensors
 
-Recorded text of a model (as `experiments.replay` reads it) is read a few tokens at a time. Before each token the drafter's
-own code lists the candidates and their features; the label is the one that came, or that none did. A network for each set of
-sources is fitted to these by maximum likelihood. Only questions at even places of the question file are used, unless --all:
-the others stay unseen, for a test. The weights are small enough to be shipped, and know nothing of single tokens.
+Text of a model is read a few tokens at a time. Before each token the drafter's own code lists the candidates and their
+features; the label is the one that came, or that none did. A network for each set of sources is fitted to these by maximum
+likelihood. The text is that of two kinds:
+
+    recorded answers   (as `experiments.replay` reads them) to the questions at even places of the question file (from 0), with
+                       databases of both corpora; the other questions stay unseen, for a test
+    the model corpus   the answers to every HELD_OUT-th prompt, with databases of the answers to the other prompts
+
+The weights are small enough to be shipped, and know nothing of single tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,13 +32,16 @@ from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from experiments import program, questions, replay, replay_databases, traces
+from experiments.build_databases import read_jsonl
+from hd_jax.databases import successor_table
 from hd_jax.databases.collection import Databases
+from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.drafters.base import Context
 from hd_jax.drafters.hd_tree import (
     HIT_BOUNDS,
     MAX_MATCH,
-    MAX_TABLE_BYTES,
     SUBSETS,
+    TABLES,
     blank_state,
     candidates,
     learn,
@@ -43,23 +52,24 @@ from hd_jax.drafters.hd_tree import (
 from hd_jax.models import tokenizer as tokenizers
 from hd_jax.runner import num_slots
 
+HELD_OUT = 5  # of so many prompts of the corpora one is read, and not in the databases
 READ_AHEAD = 5  # tokens that are looked at with one state, at most: a tree's nodes are as far from it
 HISTORY = 8192  # tokens that the state has room for
 HIDDEN = 32
 BATCH = 1024
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 1.5e-2
 MAX_PROLONGED = 0.985  # probability with which a match is taken to go on
 
 
 class Samples(NamedTuple):
-    """Of M tokens, each with its candidates."""
+    """Of M tokens, each with its candidates; numpy arrays, or JAX's under jit."""
 
-    node_features: np.ndarray  # float32[M, Fn]
-    features: np.ndarray  # float32[M, I + 1, Fc]
-    is_one: np.ndarray  # bool[M, I + 1], candidates, and at last that none is right
-    labels: np.ndarray  # int32[M]
-    matches: np.ndarray  # int32[M], length of the context's longest match
-    is_hit: np.ndarray  # bool[M], whether its continuation came
+    node_features: Any  # float32[M, Fn]
+    features: Any  # float32[M, I + 1, Fc]
+    is_one: Any  # bool[M, I + 1], candidates, and at last that none is right
+    labels: Any  # int32[M]
+    matches: Any  # int32[M], length of the context's longest match
+    is_hit: Any  # bool[M], whether its continuation came
 
 
 def collect(tables: dict[str, Any], texts: Sequence[traces.Turn], sources: str, seed: int) -> Samples:
@@ -125,8 +135,9 @@ def fit(samples: Samples, held_out: Samples, epochs: int, seed: int) -> tuple[di
         "hidden_bias": jnp.zeros(HIDDEN),
         "out": jnp.ones(HIDDEN) * HIDDEN**-0.5 * jnp.where(jnp.arange(HIDDEN) % 2, 1, -1),
     }
-    num_batches = len(samples.labels) // BATCH
-    optimizer = optax.adam(optax.cosine_onecycle_schedule(max(epochs * num_batches, 1), LEARNING_RATE, pct_start=0.3))
+    batch_size = min(BATCH, len(samples.labels))
+    num_batches = len(samples.labels) // batch_size
+    optimizer = optax.adam(optax.cosine_onecycle_schedule(epochs * num_batches, LEARNING_RATE, pct_start=0.3))
 
     def loss_of(net, batch: Samples) -> jax.Array:
         scores = network(net, batch.node_features, batch.features)
@@ -144,7 +155,7 @@ def fit(samples: Samples, held_out: Samples, epochs: int, seed: int) -> tuple[di
     for _ in tqdm.trange(epochs, desc="fitting"):
         order = rng.permutation(len(samples.labels))
         for index in range(num_batches):
-            rows = order[index * BATCH : (index + 1) * BATCH]
+            rows = order[index * batch_size : (index + 1) * batch_size]
             net, opt_state, _ = update(net, opt_state, Samples(*(part[rows] for part in samples)))
     chunks = range(0, len(held_out.labels), BATCH)
     losses = [float(jax.jit(loss_of)(net, Samples(*(part[i : i + BATCH] for part in held_out)))) for i in chunks]
@@ -159,15 +170,13 @@ def prolonged(samples: Samples) -> np.ndarray:
     return np.log(np.minimum((hits + 1) / (total + 2), MAX_PROLONGED)).astype(np.float32)
 
 
-def run(settings: replay.Settings, output: pathlib.Path, subsets: Sequence[str], is_all: bool, epochs: int, seed: int) -> None:
+def run(settings: replay.Settings, output: pathlib.Path, subsets: Sequence[str], epochs: int, seed: int) -> None:
     """Fits the weights of the subsets and writes them beside those that the file holds already."""
     tokenizer = tokenizers.load(settings.tokenizer, template=settings.template)
     asked = questions.read(settings.questions)
     chosen = questions.select(asked, questions.TASKS, settings.limit)
     texts = traces.turns(asked, chosen, traces.read(settings.traces), tokenizer)
-    places = {question.question_id: question.index for question in chosen}
-    seen = [text for text in texts if is_all or places[text.question_id] % 2 == 0]
-    unseen = [text for text in texts if places[text.question_id] % 2]
+    seen, unseen = ([text for text in texts if text.place % 2 == part] for part in (0, 1))
     databases, _ = replay_databases.from_corpora(
         settings.model_corpus,
         settings.statistics_corpus,
@@ -175,25 +184,53 @@ def run(settings: replay.Settings, output: pathlib.Path, subsets: Sequence[str],
         tokenizer,
         pathlib.Path(settings.cache_dir),
     )
+    others, answers = split_corpora(settings.model_corpus, settings.statistics_corpus, tokenizer)
     for sources in subsets:
         clock = time.perf_counter()
         tables = _tables(databases, sources)
-        samples, held_out = collect(tables, seen, sources, seed), collect(tables, unseen[::4], sources, seed + 1)
+        held_out = collect(tables, unseen[::4], sources, seed)
+        parts = [collect(tables, seen, sources, seed + 1), collect(_tables(others, sources), answers, sources, seed + 2)]
+        samples = Samples(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         net, loss = fit(samples, held_out, epochs, seed)
-        named = {f"{sources}.{name}": np.asarray(array) for name, array in {**net, "prolonged": prolonged(samples)}.items()}
+        named = {f"{sources}.{name}": np.asarray(array) for name, array in {**net, "prolonged": prolonged(parts[0])}.items()}
         kept = load_file(output) if output.exists() else {}
-        save_file({**kept, **named}, output)
+        beside = output.with_name(f".{output.name}.part")
+        save_file({**kept, **named}, beside)
+        beside.replace(output)
         seconds = time.perf_counter() - clock
         print(f"{sources}: {len(samples.labels)} tokens; {loss:.4f} nats on {len(held_out.labels)} others; {seconds:.0f} s")
 
 
+def split_corpora(
+    model_corpus: str | None, statistics_corpus: str | None, tokenizer: tokenizers.Tokenizer
+) -> tuple[Databases, list[traces.Turn]]:
+    """Databases without the answers to every HELD_OUT-th prompt, and the model's answers to those.
+
+    Raises:
+      ValueError: a record has no "prompt" or no "text".
+    """
+    given: dict[str, Any] = {}
+    answers = []
+    for kind, corpus in (("model_text", model_corpus), ("statistics", statistics_corpus)):
+        documents = []
+        for number, record in read_jsonl(corpus) if corpus else ():
+            if not isinstance(record.get("prompt"), str) or not isinstance(record.get("text"), str):
+                raise ValueError(f'{corpus}, line {number}: a record needs a "prompt" and a "text"')
+            ids = [*tokenizer.encode(record["text"], add_bos=False), tokenizer.eos_ids[-1]]
+            if zlib.crc32(record["prompt"].encode()) % HELD_OUT:
+                documents.append(np.array(ids, np.int32))
+            elif kind == "model_text":
+                prompt = tokenizer.chat([{"role": "user", "content": record["prompt"]}])
+                answers.append(traces.Turn(number, number, "corpus", 0, prompt, ids))
+        if documents:
+            given[kind] = NgramTrie.build(documents, max_order=successor_table.MAX_ORDER + 1, min_documents=1)
+    return Databases(**given, token_classes=tokenizer.token_classes), answers
+
+
 def _tables(databases: Databases, sources: str) -> dict[str, Any]:
-    blank = {"classes": jnp.asarray(databases.token_classes, jnp.int32)}
-    kinds = {"m": ("model_text", {"min_count": 1}), "s": ("statistics", {})}
-    return blank | {
-        letter: databases.successors(kind, max_bytes=MAX_TABLE_BYTES, **settings)
-        for letter, (kind, settings) in kinds.items()
-        if letter in sources
+    assert databases.token_classes is not None
+    return {"classes": jnp.asarray(databases.token_classes, jnp.int32)} | {
+        letter: databases.successors(kind, **settings) for letter, (kind, settings) in TABLES.items() if letter in sources
     }
 
 
@@ -202,18 +239,21 @@ def define_flags() -> None:
     replay.define_flags()
     flags.DEFINE_string("output", None, "Weights file; sets of sources that are not fitted anew are kept.", required=True)
     flags.DEFINE_list("sources", list(SUBSETS), "Comma list of sets of sources to fit weights for.")
-    flags.DEFINE_bool("all", False, "Use all questions.")
-    flags.DEFINE_integer("epochs", 15, "Passes over the samples.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 20, "Passes over the samples.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the order and of the first weights.")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    values = flags.FLAGS
-    run(
-        replay.given_settings(), pathlib.Path(values["output"].value), values["sources"].value, values["all"].value,
-        values["epochs"].value, values["seed"].value,
-    )
+    names = ("output", "sources", "epochs", "seed")
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    unknown = sorted(set(values["sources"]) - set(SUBSETS))
+    if unknown:
+        raise ValueError(f"--sources: there is no set {', '.join(unknown)}; there are: {', '.join(SUBSETS)}")
+    output = pathlib.Path(values["output"])
+    if not output.parent.is_dir():
+        raise ValueError(f"--output={output}: its folder does not exist")
+    run(replay.given_settings(), output, values["sources"], values["epochs"], values["seed"])
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from hd_jax.databases import collection
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
+from hd_jax.drafters.hd_tree import WEIGHTS
 from hd_jax.models import tokenizer as tokenizers
 
 FIXED_SIZE = ("none", "pld", "hd", "rest")  # methods whose paper sets the number of nodes
@@ -235,9 +236,9 @@ def replay(drafter: Drafter, texts: Sequence[Turn], advance: Callable[[], Any] =
       advance: called after each text.
 
     Returns:
-      "turns", a list with each text's question_id, task, turn, tokens, steps, nodes (drafted, in all steps), and draft_us,
-      the median step's microseconds; "counts", by task and source, of nodes "proposed" and "accepted", a list by depth,
-      depth 1 first; and "state_bytes", of the drafter's state at the end.
+      "turns", a list with each text's question_id, place, task, turn, tokens, steps, nodes (drafted, in all steps), and
+      draft_us, the median step's microseconds; "counts", by task and source, of nodes "proposed" and "accepted", a list
+      by depth, depth 1 first; and "state_bytes", of the drafter's state at the end.
     """
     turns: list[dict[str, Any]] = []
     counts: dict[str, np.ndarray] = {}
@@ -248,6 +249,7 @@ def replay(drafter: Drafter, texts: Sequence[Turn], advance: Callable[[], Any] =
         turns.append(
             {
                 "question_id": text.question_id,
+                "place": text.place,
                 "task": text.task,
                 "turn": text.index + 1,
                 "tokens": sum(outcome.accept_lengths),
@@ -331,6 +333,7 @@ def _describe(settings: Settings, parts: Sequence[Part], tokenizer: Any, texts: 
             named[name] = pathlib.Path(given[name])
             given[name] = named[name].name
     del given["cache_dir"]
+    named["hd_tree's weights"] = WEIGHTS
     hashes = {path.name: replay_databases.sha256(path) for path in named.values() if path.is_file()}
     if "databases" in named:
         for file in sorted(set(collection.FILES.values())):

@@ -65,7 +65,13 @@ def from_corpora(
         form, file_kind, options = FORMS[kind]
         corpus, max_tokens = (statistics_corpus, statistics_tokens) if kind == "statistics" else (model_corpus, None)
         assert corpus is not None
-        making = {"form": "texts and end tokens", "corpus": sha256(corpus), "tokenizer": tokenizer.fingerprint, "max_tokens": max_tokens, **options}
+        making = {
+            "form": "texts and end tokens",
+            "corpus": sha256(corpus),
+            "tokenizer": tokenizer.fingerprint,
+            "max_tokens": max_tokens,
+            **options,
+        }
         key = hashlib.sha256(json.dumps([kind, files.VERSION, making], sort_keys=True).encode()).hexdigest()[:16]
         path = cache_dir / f"{kind}-{key}.safetensors"
         if not path.exists():
@@ -106,7 +112,7 @@ def _tokenized(corpus: str, max_tokens: int | None, tokenizer: Any) -> list[np.n
         ids: list[int] = []
         for piece in pieces:
             ids += [*([SEPARATOR] if ids else []), *tokenizer.encode(piece, add_bos=False)]
-        ids += tokenizer.eos_ids[:1]  # each text is an answer that ends
+        ids.append(tokenizer.eos_ids[-1])  # each text is an answer that ends
         if num_left < len(ids):
             ids = ids[: int(num_left)]
         out.append(np.array(ids, np.int32))

@@ -20,6 +20,7 @@ _COSTS = ("method", "state", "budget", "table_bytes", "state_bytes", "make_s")
 _NOTES = (
     "Mean accepted tokens: tokens over steps, the model's own token of each step (the bonus) included, pooled over all steps.",
     "A budget is the number of nodes drafted a step at most, the root not counted.",
+    "Even and odd: tokens per step of the questions at these places (from 0). hd_tree's weights were fitted on even ones.",
     "Draft us: the median step without a model, that is drafting, walking the tree and bookkeeping.",
     "Tables: a method's databases on the device; the time is that of making them, less what a method before it made.",
     "Cold: earlier answers are forgotten; warm: they are remembered. Learned acceptance is kept in both.",
@@ -39,6 +40,7 @@ def summarize(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         nodes_per_step: nodes drafted, over steps,
         draft_us: median over steps; a step has the median of its turn,
         turns, tokens, steps,
+        by_place: tokens_per_step of the questions at "even" and at "odd" places of their file (from 0), None without any,
         acceptance: for each source, nodes "proposed" and "accepted" by depth, depth 1 first.
     """
     rows = []
@@ -60,10 +62,17 @@ def summarize(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                         "turns": len(turns),
                         "tokens": tokens,
                         "steps": steps,
+                        "by_place": {name: _pooled(turns, half) for half, name in enumerate(("even", "odd"))},
                         "acceptance": _summed(counts),
                     }
                 )
     return rows
+
+
+def _pooled(turns: Sequence[Mapping[str, Any]], part: int) -> float | None:
+    """Tokens over steps of the questions at even (part 0) or odd (1) places."""
+    chosen = [turn for turn in turns if turn["place"] % 2 == part]
+    return sum(turn["tokens"] for turn in chosen) / sum(turn["steps"] for turn in chosen) if chosen else None
 
 
 def _summed(counts: Sequence[Mapping[str, Mapping[str, list[int]]]]) -> dict[str, dict[str, list[int]]]:
@@ -124,10 +133,22 @@ def _task_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _cost_table(rows: Sequence[dict], parts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    head = ["method and budget", "tokens/step", "nodes/step", "draft us", "steps", "tables MB", "state MB", "made in s"]
+    head = [
+        "method and budget",
+        "tokens/step",
+        "even",
+        "odd",
+        "nodes/step",
+        "draft us",
+        "steps",
+        "tables MB",
+        "state MB",
+        "made in s",
+    ]
     body = []
     for row, part in zip([row for row in rows if row["task"] == OVERALL], parts, strict=True):
-        measured = [f"{row['tokens_per_step']:.3f}", f"{row['nodes_per_step']:.1f}", f"{row['draft_us']:.0f}"]
+        halves = ["" if value is None else f"{value:.3f}" for value in row["by_place"].values()]
+        measured = [f"{row['tokens_per_step']:.3f}", *halves, f"{row['nodes_per_step']:.1f}", f"{row['draft_us']:.0f}"]
         cost = [f"{part['table_bytes'] / 1e6:.1f}", f"{part['state_bytes'] / 1e6:.2f}", f"{part['make_s']:.1f}"]
         body.append([_name(row), *measured, str(row["steps"]), *cost])
     return head, body

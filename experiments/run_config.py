@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -42,7 +43,7 @@ class Method:
     """A drafter's name and options, written as `hd:window=0:order=cm`."""
 
     drafter: str
-    options: dict[str, int | str]
+    options: dict[str, int | float | str]
 
     @property
     def label(self) -> str:
@@ -60,7 +61,14 @@ def parse_method(text: str) -> Method:
     if len(set(keys)) < len(keys):
         raise ValueError(f"method {text!r}: an option is given twice")
     values = [pair.split("=")[1] for pair in pairs]
-    return Method(name, {k: int(v) if re.fullmatch(r"-?\d+", v) else v for k, v in zip(keys, values, strict=True)})
+    return Method(name, {key: _value(text) for key, text in zip(keys, values, strict=True)})
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def parse_methods(text: str) -> tuple[str, ...]:

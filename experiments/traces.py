@@ -46,6 +46,7 @@ class Turn:
     """One text to replay."""
 
     question_id: int | str
+    place: int  # of the question in its file, from 0
     task: str
     index: int  # of the turn, from 0
     prompt: list[int]
@@ -145,7 +146,7 @@ def turns(questions: Sequence[Question], chosen: Sequence[Question], traces: Seq
         for index, (asked, said) in enumerate(zip(question.turns, by_id[question.question_id].turns, strict=True)):
             messages.append({"role": "user", "content": asked})
             answer = answers[question.question_id][index]
-            out.append(Turn(question.question_id, question.task, index, tokenizer.chat(messages), answer))
+            out.append(Turn(question.question_id, question.index, question.task, index, tokenizer.chat(messages), answer))
             messages.append({"role": "assistant", "content": said})
     return out
 

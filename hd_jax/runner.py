@@ -14,7 +14,7 @@ import numpy as np
 from hd_jax import loop
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
-from hd_jax.drafters.base import Context, Drafter
+from hd_jax.drafters.base import Drafter
 from hd_jax.models.config import ModelConfig
 from hd_jax.models.llama import Cache, Llama, empty_cache
 from hd_jax.models.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ def run(
       drafter: the method.
       rows: their prompts must be checked (`check_prompt`).
       options: for all rows.
-      sync_every: steps a dispatch; loop="host" always dispatches one.
+      sync_every: steps a dispatch; one with loop="host", and for a drafter that needs the host.
       kept_cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
       num_cached: at most the prompt's length less one.
       kept_drafter_state: of an earlier request, for the drafter to renew.
@@ -157,7 +157,7 @@ def run(
         is_exact=options.exact,
         width=EXACT_WIDTH if options.exact else 0,
     )
-    sync_every = 1 if options.loop == "host" else sync_every
+    sync_every = 1 if options.loop == "host" or drafter.refresh is not None else sync_every
     tokens = jnp.asarray(buffer)
     num_chunks = -(-(max(lengths) - 1 - num_cached) // PREFILL_CHUNK)
 
@@ -167,7 +167,7 @@ def run(
         )
 
     def dispatch(state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
-        host = _refresh(drafter, state, request)
+        host = loop.refresh(drafter, request, state)
         return loop.run_steps(
             lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), sync_every=sync_every
         )
@@ -289,14 +289,6 @@ def sampling_of(rows: Sequence[Row], options: Options) -> Sampling:
 def _lap(since: float) -> tuple[float, float]:
     now = time.perf_counter()
     return (now - since) * 1e3, now
-
-
-def _refresh(drafter: Drafter, state: loop.State, request: loop.Request) -> Any:
-    if drafter.refresh is None:
-        return ()
-    fetched = (np.asarray(state.tokens), np.asarray(state.lengths), np.asarray(request.prompt_lengths))
-    found = [drafter.refresh(Context(*row)) for row in zip(*fetched, strict=True)]
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *found)
 
 
 def _generated(state: loop.State, lengths: list[int]) -> list[list[int]]:

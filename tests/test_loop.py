@@ -11,6 +11,8 @@ import pytest
 from jax import export
 
 from hd_jax import draft_tree, drafters, loop, runner
+from hd_jax.databases.collection import Databases
+from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters import Drafter
 from hd_jax.models.llama import empty_cache
@@ -56,10 +58,19 @@ def test_the_copy_test_sees_a_copy():
     assert re.findall(r"\n.*= f32\[1,2,8,4\]\S* copy\(.*", text)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_device_loop_lowers_for_gpus_and_tpus(lm, exact):
+def _hd_tree() -> Drafter:
+    statistics = SuffixArray.build([np.arange(2, 40, dtype=np.int32)] * 2)
+    return drafters.hd_tree(Databases(model_text=statistics, statistics=statistics), rounds=2, width=2, num_nodes=9)
+
+
+@pytest.mark.parametrize(
+    ("make", "exact"),
+    [(lambda: drafters.hd(order="c"), False), (lambda: drafters.hd(order="c"), True), (_hd_tree, False)],
+    ids=["hd", "hd-exact", "hd_tree"],
+)
+def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact):
     """No callback, no host: the whole loop is one program on every platform."""
-    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, drafters.hd(order="c"), 2, exact)
+    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, make(), 2, exact)
     run = jax.jit(lambda p, r, s, n: loop.run_steps(model, settings, p, drafter, r, host, s, n, sync_every=4))
     exported = export.export(run, platforms=["cuda", "tpu"])(params, request, state, steps)
     assert "stablehlo.while" in exported.mlir_module()

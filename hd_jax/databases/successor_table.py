@@ -5,8 +5,9 @@ probabilities that are already interpolated with those of shorter contexts (abso
 
     p_k(t | w_1 .. w_k) = max(count(w_1 .. w_k t) - D, 0) / n  +  D * distinct / n * p_(k-1)(t | w_2 .. w_k)
 
-where n counts what followed the context, and `distinct` the different tokens among it. p_0 is the unigram distribution. So a
-lookup needs the list of the longest kept context alone. A kept context's shorter ones occur as often at least, and are kept.
+where n counts what followed the context, and `distinct` the different tokens among it; p_0 is the unigram distribution. What
+a shorter context lends is its own list, and a context of one token lists only what followed it. So a lookup needs the list of
+the longest kept context alone. A kept context's shorter ones occur as often at least, and are kept.
 
 Contexts are found by hash: those of a bucket stand together, and a second hash tells them apart.
 
@@ -29,6 +30,7 @@ from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_TOKEN
 
+MAX_ORDER = 5  # K, by default
 DISCOUNT = 0.75  # D
 MIN_PROBABILITY = 1e-3  # successors that are less likely are left out
 MAX_TEXT = 1 << 25  # tokens of running text whose n-grams are counted in memory
@@ -100,7 +102,7 @@ def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
 def build(
     database: NgramTrie | SuffixArray,
     *,
-    max_order: int = 5,
+    max_order: int = MAX_ORDER,
     num_successors: int = 16,
     min_count: int = 2,
     max_bytes: int | None = None,

@@ -91,10 +91,10 @@ class Drafter:
         `feedback.num_appended` of the context: context.tokens[length - num_appended : length].
       renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last
         request; its shapes must not depend on S. None for a method that starts every request afresh.
-      refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each dispatch of steps;
-        `draft` finds the result in `context.host`. For databases that are too large for the device. With `loop="host"` a
-        dispatch is one step, so that any Python can draft: return the tree here, and hand it on in `draft`. None for a
-        method that needs no host.
+      refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each step; `draft` finds
+        the result in `context.host`. For databases that are too large for the device, or to draft in plain Python: return
+        the tree here, and hand it on in `draft`. A dispatch is one step then, whatever `loop` is. None for a method that
+        needs no host.
       num_top_logits: k of the feedback's top logits; 0 for none.
       tables: read-only arrays for the device.
 

@@ -59,7 +59,7 @@ def hd(
     """Hierarchy Drafting, with the paper's settings as defaults.
 
     D_s is on the device, as tables keyed by two tokens and by one, unless it holds more than MAX_DEVICE_BYTES: then it is
-    asked on the host before each dispatch of steps (with loop="host", before each step).
+    asked on the host before each step.
 
     Args:
       databases: with D_m where `order` has "m", and D_s where it has "s".

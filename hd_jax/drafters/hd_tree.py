@@ -38,7 +38,7 @@ from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models.tokenizer import TOKEN_CLASSES
 
 WEIGHTS = pathlib.Path(__file__).parents[1] / "assets" / "hd_tree.safetensors"
-SUBSETS = ("c", "m", "s", "cm", "cs", "ms", "cms")  # of sources, each with weights of its own
+SUBSETS = ("c", "cm", "cs", "ms", "cms")  # of sources, each with weights of its own
 MATCH_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # at which counts are taken
 MAX_MATCH = MATCH_LENGTHS[-1]
 # What a source's hit rate is kept for: the context by the length of its longest match, and the two tables.
@@ -49,8 +49,13 @@ HIT_RATE_STEP = 0.08  # weight of the newest outcome
 RING = 16  # latest places that are remembered of a key
 SHORT_KEY, LONG_KEY = 1, 3  # tokens of the two keys: places of short and of long matches do not push one another out
 NUM_BUCKETS = 4096  # of each ring table, and of the occurrence counts
+NUM_SUCCESSORS = 16  # of a context in the tables
 TAIL_STARTS, TAIL_LENGTH = 16, 10  # nodes that are prolonged, and by how much
-MAX_TABLE_BYTES = 256 * 2**20  # of a successor table
+# The databases of "m" and "s", and how their successor tables are made.
+TABLES = {
+    "m": ("model_text", {"num_successors": NUM_SUCCESSORS, "min_count": 1, "max_bytes": 256 * 2**20}),
+    "s": ("statistics", {"num_successors": NUM_SUCCESSORS, "min_count": 2, "max_bytes": 256 * 2**20}),
+}
 
 
 class Ring(NamedTuple):
@@ -65,9 +70,10 @@ class State(NamedTuple):
 
     text: jax.Array  # int32[T], a ring: place p stands at p % T
     num_seen: jax.Array  # int32[], tokens ever written
+    start: jax.Array  # int32[], the place where the request begins
     short: Ring  # places by their last token
     long: Ring  # by their last LONG_KEY tokens
-    occurrences: jax.Array  # int32[NUM_BUCKETS], of each token (modulo NUM_BUCKETS) in the text
+    occurrences: jax.Array  # int32[NUM_BUCKETS], of each token (modulo NUM_BUCKETS) in the request
     hit_rates: jax.Array  # float32[6], as SOURCE_NAMES
 
 
@@ -95,18 +101,18 @@ def hd_tree(
     width: int | None = None,
     min_probability: float = 0.0,
     history: int = 8192,
-    remember: int = 0,
-    num_nodes: int = 65,
+    remember: int = 32768,
+    num_nodes: int = 64,
 ) -> Drafter:
     """The hierarchy in one trie.
 
     Args:
       databases: with text of the model (`model_text`) where `sources` has "m", and D_s where it has "s".
-      sources: which are asked; letters of "cms", each at most once.
+      sources: which are asked; one of SUBSETS.
       estimates: "learned", or "fixed": by the hierarchy alone, each source getting the probability that those before it left.
-      max_match: longest match of the context that is told apart, at most MAX_MATCH tokens.
+      max_match: longest match of the context that is told apart from longer ones, at most MAX_MATCH tokens.
       rounds: of expansion; nodes are at most this deep, and TAIL_LENGTH more where a match is prolonged.
-      width: nodes that are expanded in a round; by default a quarter of the drafted nodes, from 2 to 8.
+      width: nodes that are expanded in a round, at most NUM_SUCCESSORS; by default a quarter of the drafted nodes, from 2 to 8.
       min_probability: nodes that are reached with less are left out.
       history: T, tokens of prompt and answer that are remembered.
       remember: tokens of earlier requests that a session remembers besides; 0 for none.
@@ -116,27 +122,28 @@ def hd_tree(
       ValueError: an option is out of range, or there is no database that `sources` names.
     """
     letters = "".join(letter for letter in "cms" if letter in sources)
-    if not sources or sorted(letters) != sorted(sources):
-        raise ValueError(f"hd_tree's sources are a choice of the letters 'cms', each at most once, not {sources!r}")
+    if sorted(letters) != sorted(sources) or letters not in SUBSETS:
+        raise ValueError(f"hd_tree's sources are one of {', '.join(SUBSETS)}, not {sources!r}")
     if estimates not in ("learned", "fixed"):
         raise ValueError(f"hd_tree's estimates are 'learned' or 'fixed', not {estimates!r}")
     width = min(max((num_nodes - 1) // 4, 2), 8) if width is None else width
     least = {"rounds": (rounds, 1), "width": (width, 1), "num_nodes": (num_nodes, 2), "remember": (remember, 0)}
-    for name, (value, bound) in {**least, "history": (history, 64), "max_match": (max_match, 1)}.items():
+    least |= {"history": (history, rounds + TAIL_LENGTH + MAX_MATCH), "max_match": (max_match, 1)}
+    for name, (value, bound) in least.items():
         if value < bound:
             raise ValueError(f"hd_tree's {name} must be at least {bound}, not {value}")
+    if width > NUM_SUCCESSORS:
+        raise ValueError(f"hd_tree's width is at most {NUM_SUCCESSORS}, not {width}")
     if max_match > MAX_MATCH or not 0 <= float(min_probability) < 1:
         raise ValueError(f"hd_tree's max_match is at most {MAX_MATCH} and min_probability in [0, 1)")
     databases = databases or Databases()
     classes = databases.token_classes
-    tables: dict[str, Any] = {
-        "classes": jnp.asarray(np.full(1, TOKEN_CLASSES.index("other")) if classes is None else classes, jnp.int32),
-        "weights": weights(letters),
-    }
-    if "m" in letters:
-        tables["m"] = databases.successors("model_text", min_count=1, max_bytes=MAX_TABLE_BYTES)
-    if "s" in letters:
-        tables["s"] = databases.successors("statistics", max_bytes=MAX_TABLE_BYTES)
+    if classes is None:
+        classes = np.full(1, TOKEN_CLASSES.index("other"))
+    tables: dict[str, Any] = {"classes": jnp.asarray(classes, jnp.int32)}
+    if estimates == "learned":
+        tables["weights"] = weights(letters)
+    tables |= {letter: databases.successors(kind, **making) for letter, (kind, making) in TABLES.items() if letter in letters}
     init, draft, update, renew = _functions(
         letters, estimates == "learned", max_match, rounds, width, float(min_probability), history, remember, num_nodes
     )
@@ -156,8 +163,8 @@ def hd_tree(
 @functools.cache
 def weights(sources: str) -> dict[str, jax.Array]:
     """The shipped weights for a set of sources."""
-    stored = load_file(WEIGHTS)
-    return {name.split(".")[1]: jnp.asarray(array) for name, array in stored.items() if name.split(".")[0] == sources}
+    named = [(*name.split("."), array) for name, array in load_file(WEIGHTS).items()]
+    return {name: jnp.asarray(array) for subset, name, array in named if subset == sources}
 
 
 @functools.lru_cache
@@ -178,7 +185,7 @@ def _functions(
 
     def renew(tables, state: State, context: Context) -> State:
         if remember:
-            return read(state, context)
+            return resume(state, context)
         return init(tables, context)._replace(hit_rates=state.hit_rates)
 
     def update(tables, state: State, context: Context, feedback: Feedback) -> State:
@@ -188,11 +195,11 @@ def _functions(
         return learn(tables, state, context, tokens, feedback.num_appended, sources, max_match)
 
     def draft(tables, state: State, context: Context) -> DraftTree:
-        newest = recent(state)
         pool: list[dict[str, jax.Array]] = []  # of each round, the nodes that it found
-        # The nodes that were expanded: the ends of their texts, and their numbers in the pool; the root has none.
-        suffixes, parents, depth_of, base = newest[None], jnp.full(1, NO_PARENT), jnp.zeros(1, jnp.int32), jnp.zeros(1)
-        num_pooled = 0
+        expanded: list[jax.Array] = []  # of each round, the ends of the texts that it asked about, int32[width, MAX_MATCH]
+        # This round's ends, and the nodes there: their numbers in the pool, depths, log-probabilities. First, the root.
+        suffixes, parents = recent(state)[None], jnp.full(1, NO_PARENT)
+        depth_of, base = jnp.zeros(1, jnp.int32), jnp.zeros(1)
         is_expanded = jnp.zeros(0, bool)
         for index in range(rounds):
             found = candidates(tables, state, context, suffixes, sources, max_match)
@@ -207,24 +214,23 @@ def _functions(
                 "places": found.places,
                 "parents": jnp.broadcast_to(parents[:, None], shape),
                 "depths": jnp.broadcast_to(depth_of[:, None] + 1, shape),
-                "origins": jnp.broadcast_to(len(pool) * width + jnp.arange(shape[0])[:, None], shape),
+                "origins": jnp.broadcast_to(index * width + jnp.arange(shape[0])[:, None], shape),
             }
             pool.append({name: values.reshape(-1) for name, values in nodes.items()})
-            all_suffixes = suffixes if index == 0 else jnp.concatenate([all_suffixes, suffixes])
-            if index == 0:
-                all_suffixes = jnp.concatenate([suffixes] * width)
+            expanded.append(jnp.broadcast_to(suffixes, (width, MAX_MATCH)))
             is_expanded = jnp.concatenate([is_expanded, jnp.zeros(scores.size, bool)])
-            num_pooled += scores.size
             if index < rounds - 1:
                 every = {name: jnp.concatenate([part[name] for part in pool]) for name in pool[0]}
                 base, chosen = jax.lax.top_k(jnp.where(is_expanded, -jnp.inf, every["scores"]), width)
                 is_expanded = is_expanded.at[chosen].set(True)
-                shifted = all_suffixes[every["origins"][chosen]][:, 1:]
+                shifted = jnp.concatenate(expanded)[every["origins"][chosen]][:, 1:]
                 suffixes = jnp.concatenate([shifted, every["tokens"][chosen][:, None]], axis=1)
                 parents, depth_of = chosen, every["depths"][chosen]
         every = {name: jnp.concatenate([part[name] for part in pool]) for name in pool[0]}
         if "c" in sources:
-            every = _with_tails(tables["weights"], state, every, is_expanded)
+            lengths = np.arange(MAX_MATCH + 1)
+            fixed = jnp.log(jnp.asarray(lengths / (lengths + 1)))
+            every = _with_tails(tables["weights"]["prolonged"] if is_learned else fixed, state, every, is_expanded)
         return _likeliest(context.root, every, min_probability, num_nodes)
 
     return init, draft, update, renew
@@ -236,6 +242,7 @@ def blank_state(size: int) -> State:
     return State(
         text=jnp.full(size, NO_TOKEN, jnp.int32),
         num_seen=jnp.int32(0),
+        start=jnp.int32(0),
         short=ring,
         long=ring,
         occurrences=jnp.zeros(NUM_BUCKETS, jnp.int32),
@@ -249,6 +256,19 @@ def read(state: State, context: Context) -> State:
     start = jnp.maximum(context.length - size, 0)
     tokens = jax.lax.dynamic_slice_in_dim(context.tokens, start, size)
     return _append(state, tokens, context.length - start)
+
+
+def resume(state: State, context: Context) -> State:
+    """The state after another prompt. One that goes on from the last request, as in a chat, is read from there on."""
+    size = state.text.shape[0]
+    offsets = jnp.arange(min(size, context.tokens.shape[0]))
+    num_known = state.num_seen - state.start
+    is_known = (offsets >= num_known) | (state.text[(state.start + offsets) % size] == context.tokens[offsets])
+    goes_on = jnp.all(is_known) & (num_known <= jnp.minimum(len(offsets), context.length))
+    fresh = state._replace(start=state.num_seen, occurrences=jnp.zeros_like(state.occurrences))
+    state = jax.tree.map(functools.partial(jnp.where, goes_on), state, fresh)
+    num_known = jnp.where(goes_on, num_known, 0)
+    return read(state, context._replace(tokens=jnp.roll(context.tokens, -num_known), length=context.length - num_known))
 
 
 def learn(
@@ -356,7 +376,9 @@ def candidates(
     node_features = [jnp.log1p(totals) * 0.5, of_class(class_of(last))]
     for letter in "ms":
         answer = answers.get(letter)
-        values = (answer.orders, jnp.log1p(answer.counts), jnp.log(answer.probabilities[:, 0] + 1e-3)) if answer else (none,) * 3
+        values = (
+            (answer.orders, jnp.log1p(answer.counts), jnp.log(answer.probabilities[:, 0] + 1e-3)) if answer else (none,) * 3
+        )
         node_features.append(jnp.stack(values, axis=1) * jnp.array([0.3, 0.3, 0.5]))
     lengths = jnp.log1p(jnp.stack([context.length - context.prompt_length, context.prompt_length]).astype(jnp.float32)) * 0.2
     node_features += [jnp.broadcast_to(x, (num_texts, x.shape[0])) for x in (lengths, state.hit_rates)]
@@ -407,12 +429,16 @@ def _matches(state: State, suffixes: jax.Array, max_match: int) -> tuple[jax.Arr
     short = state.short.places[_bucket(newest_first[:, :SHORT_KEY])]
     long = state.long.places[_bucket(newest_first[:, :LONG_KEY])]
     places = jnp.concatenate([short, long], axis=1)
-    back = jnp.arange(max_match)
+    num_compared = max(max_match, LONG_KEY)
+    back = jnp.arange(num_compared)
     stood = places[:, :, None] - back
-    is_equal = (state.text[stood % size] == newest_first[:, None, :max_match]) & (stood >= jnp.maximum(state.num_seen - size, 0))
+    is_equal = (state.text[stood % size] == newest_first[:, None, :num_compared]) & (
+        stood >= jnp.maximum(state.num_seen - size, 0)
+    )
     matches = jnp.sum(jnp.cumprod(is_equal.astype(jnp.int32), axis=-1), axis=-1)
     is_long = np.arange(2 * RING) >= RING
-    matches = jnp.where((matches >= min(LONG_KEY, max_match)) == is_long, matches, 0)  # each place in one of the rings
+    matches = jnp.where((matches >= LONG_KEY) == is_long, matches, 0)  # each place in one of the rings
+    matches = jnp.minimum(matches, max_match)
     return jnp.where(matches > 0, state.text[(places + 1) % size], NO_TOKEN), places, matches
 
 
@@ -442,7 +468,9 @@ def network(net: dict[str, jax.Array], node_features: jax.Array, features: jax.A
     return relu(hidden @ net["hidden"] + net["hidden_bias"]) @ net["out"]
 
 
-def _with_tails(net: dict[str, jax.Array], state: State, every: dict[str, jax.Array], is_expanded: jax.Array):
+def _with_tails(
+    prolonged: jax.Array, state: State, every: dict[str, jax.Array], is_expanded: jax.Array
+) -> dict[str, jax.Array]:
     """The pool with the likeliest unexpanded nodes of the context's prolonged by what followed their matches."""
     size = state.text.shape[0]
     is_open = ~is_expanded & (every["matches"] > 0)
@@ -450,7 +478,7 @@ def _with_tails(net: dict[str, jax.Array], state: State, every: dict[str, jax.Ar
     ahead = jnp.arange(1, TAIL_LENGTH + 1)
     places = every["places"][starts][:, None] + 1 + ahead  # the node itself stands one behind its match
     matches = jnp.minimum(every["matches"][starts][:, None] + ahead, MAX_MATCH)
-    steps = jnp.where(places < state.num_seen, net["prolonged"][matches], -jnp.inf)
+    steps = jnp.where(places < state.num_seen, prolonged[matches], -jnp.inf)
     numbers = every["scores"].shape[0] + jnp.arange(TAIL_STARTS * TAIL_LENGTH).reshape(TAIL_STARTS, TAIL_LENGTH)
     tails = {
         "scores": scores[:, None] + jnp.cumsum(steps, axis=1),
@@ -463,15 +491,17 @@ def _with_tails(net: dict[str, jax.Array], state: State, every: dict[str, jax.Ar
 
 
 def _likeliest(root: jax.Array, every: dict[str, jax.Array], min_probability: float, num_nodes: int) -> DraftTree:
-    """The tree of the likeliest nodes of the pool: a node is no likelier than its parent, and of equals the shallower comes first."""
+    """The tree of the pool's likeliest nodes. A node is no likelier than its parent; of equals the shallower comes first."""
     floor = np.log(min_probability) if min_probability else -np.inf
     scores = jnp.where(every["scores"] > floor, every["scores"] - 1e-4 * every["depths"], -jnp.inf)
     short = max(num_nodes - 1 - scores.shape[0], 0)
     best, chosen = jax.lax.top_k(jnp.pad(scores, (0, short), constant_values=-jnp.inf), num_nodes - 1)
     is_used = best > -jnp.inf
     chosen = jnp.minimum(chosen, scores.shape[0] - 1)
-    index = jnp.zeros(scores.shape[0] + 1, jnp.int32).at[jnp.where(is_used, chosen, scores.shape[0])].set(
-        jnp.arange(1, num_nodes, dtype=jnp.int32)
+    index = (
+        jnp.zeros(scores.shape[0] + 1, jnp.int32)
+        .at[jnp.where(is_used, chosen, scores.shape[0])]
+        .set(jnp.arange(1, num_nodes, dtype=jnp.int32))
     )
     parents = every["parents"][chosen]
     parents = jnp.where(parents == NO_PARENT, draft_tree.ROOT_INDEX, index[parents])

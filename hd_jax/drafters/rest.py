@@ -35,13 +35,12 @@ def rest(
     max_suffix: int = 16,
     min_suffix: int = 2,
     max_depth: int = 10,
-    num_nodes: int = 65,
+    num_nodes: int = 64,
 ) -> Drafter:
     """REST, asking the statistics database D_s.
 
-    The lookup is on the host, before each dispatch of steps: only the first step of a dispatch drafts. With loop="host"
-    every step does. The paper's database is a suffix array; an n-gram trie answers as well, within its order: suffix and
-    continuation together have at most so many tokens.
+    The lookup is on the host, before each step. The paper's database is a suffix array; an n-gram trie answers as well,
+    within its order: suffix and continuation together have at most so many tokens.
 
     Args:
       databases: with D_s.

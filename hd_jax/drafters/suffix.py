@@ -17,9 +17,9 @@ What is taken from whom:
 
   - SuffixDecoding (section 4): a per-request and a global structure; estimates by frequency; greedy growth by estimate, at
     most `factor` * L nodes; a tree's score is the sum of its estimates, and the best score over all match lengths and texts
-    wins. That is combine="best".
+    wins. That is combine="best", the default.
   - SAM-Decoding (Hu et al. 2024, arXiv 2411.10666): a static and a dynamic text are both followed at every step, and a
-    longer match counts for more. combine="vote", the default, does so without a threshold between the two: all match
+    longer match counts for more. combine="vote", which is ours, does so without a threshold between the two: all match
     lengths of all texts vote on every node, so that what follows a match of length 8 has eight votes, those of its suffixes
     included. The best nodes by their mean estimate are drafted. `decay` discounts an estimate for every token of depth. In
     the frequencies from outside the request one occurrence is added that nothing follows (for earlier answers at the match,
@@ -47,7 +47,8 @@ from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
 
 CORPORA = {"statistics": "statistics", "model": "model_text"}  # the corpus' name, and that of its database
-COMBINATIONS = ("vote", "best")
+COMBINATIONS = ("best", "vote")
+MIN_PROBABILITY = {"best": 0.02, "vote": 0.0}
 MAX_CORPUS_MATCH = 6  # longest suffix that the corpus is asked for
 MAX_CORPUS_DEPTH = 8  # of what it drafts
 
@@ -88,20 +89,19 @@ def suffix(
     databases: Databases | None = None,
     *,
     corpus: str | None = "statistics",
-    combine: str = "vote",
+    combine: str = "best",
     remember: int = 16384,
     factor: float = 8.0,
-    min_probability: float = 0.0,
+    min_probability: float | None = None,
     decay: float = 0.8,
     max_match: int = 16,
     max_depth: int = 24,
     num_positions: int = 32,
-    num_nodes: int = 65,
+    num_nodes: int = 64,
 ) -> Drafter:
     """SuffixDecoding; see the module.
 
-    The corpus is asked on the host before each dispatch of steps, and its answer holds for the first of them: with
-    loop="host", where a dispatch is one step, it drafts every time.
+    The corpus is asked on the host before each step.
 
     Args:
       databases: with the database that `corpus` names.
@@ -109,7 +109,7 @@ def suffix(
       combine: "vote" or "best".
       remember: R, tokens of a session's earlier answers that are kept; 0 for none.
       factor: nodes for each token of a match, with combine="best".
-      min_probability: least estimate of a drafted node.
+      min_probability: least estimate of a drafted node; by default that of MIN_PROBABILITY.
       decay: of an estimate for each token of depth, with combine="vote".
       max_match: longest match that is told apart from longer ones, in tokens.
       max_depth: C, of the tree.
@@ -124,6 +124,7 @@ def suffix(
         raise ValueError(f"suffix's corpus is {', '.join(map(repr, CORPORA))} or None, not {corpus!r}")
     if combine not in COMBINATIONS:
         raise ValueError(f"suffix's combine is {' or '.join(map(repr, COMBINATIONS))}, not {combine!r}")
+    min_probability = MIN_PROBABILITY[combine] if min_probability is None else min_probability
     least = {"max_match": (max_match, 1), "max_depth": (max_depth, 1), "num_positions": (num_positions, 1)}
     least |= {"num_nodes": (num_nodes, 2), "remember": (remember, 0)}
     for name, (value, bound) in least.items():

@@ -121,12 +121,12 @@ class Tokenizer:
 def _token_class(piece: str) -> str:
     """One of TOKEN_CLASSES, by a vocabulary's own form of a token."""
     text = piece[1:] if piece.startswith(_SPACE_MARKS) else piece
+    if text in ("", "<0x0A>") or set(text) == {"\u010a"}:  # a space; line ends, as a byte or in byte-level form
+        return "white space"
     if text[:1].isalpha():
         return "word" if text != piece else "word part"
     if text[:1].isdigit():
         return "digit"
-    if text in ("", "<0x0A>", "\u010a", "\u010a\u010a"):  # a space; a line's end, as a byte and in byte-level form
-        return "white space"
     if text in (".", "!", "?", ":", ";"):
         return "sentence end"
     return "comma" if text == "," else "other"

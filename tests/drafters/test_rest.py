@@ -65,7 +65,7 @@ def _paths(tree) -> list[tuple[int, ...]]:
 def test_drafts_the_most_frequent_prefixes_after_the_longest_suffix(form, max_order, options):
     drafter = rest(_databases(form), **options)
     draft = jax.jit(drafter.draft)
-    settings = {"max_suffix": 16, "min_suffix": 2, "max_depth": 10, "num_nodes": 65} | options
+    settings = {"max_suffix": 16, "min_suffix": 2, "max_depth": 10, "num_nodes": 64} | options
     rng = np.random.default_rng(1)
     lengths = set()
     for _ in range(80):
@@ -93,10 +93,10 @@ def test_drafts_the_most_frequent_prefixes_after_the_longest_suffix(form, max_or
 
 def test_the_same_options_give_the_same_functions():
     databases = _databases()
-    first, second = rest(databases), rest(databases, num_nodes=65)
+    first, second = rest(databases), rest(databases, num_nodes=64)
     assert jax.tree.structure(first) == jax.tree.structure(second)
     assert jax.tree.structure(first) != jax.tree.structure(rest(databases, max_suffix=8))
-    assert first.source_names == ("statistics",) and first.num_nodes == 65 and first.max_depth == 10
+    assert first.source_names == ("statistics",) and first.num_nodes == 64 and first.max_depth == 10
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import questions, replay, replay_databases, traces
@@ -29,6 +30,7 @@ class Letters:
     vocab_size = 32
     fingerprint = "letters"
     has_chat_template = True
+    token_classes = np.zeros(32, np.int32)
 
     def encode(self, text, add_bos=True):
         assert not add_bos
@@ -94,7 +96,7 @@ def test_the_steps_of_a_text_worked_out_by_hand():
     third step     nothing begins with 1: no draft, the model adds 5
     fourth step    5 was followed by 6 7: 6 is right, and the text ends
     """
-    text = Turn(0, "qa", 0, [5, 6, 7, 8, 9, 5, 6], [7, 8, 9, 1, 5, 6])
+    text = Turn(0, 0, "qa", 0, [5, 6, 7, 8, 9, 5, 6], [7, 8, 9, 1, 5, 6])
     assert steps_of(pld(num_nodes=3), text) == [([3, 1, 1, 1], [2, 2, 0, 2])]
 
 
@@ -106,7 +108,7 @@ def test_a_replay_takes_the_steps_that_decoding_took(lm, name, options):
     prompts = [[3, 4, 5] * 4, [7, 8, 9, 10, 7, 8], list(range(2, 40))]
     decoded = [decode.generate(lm, prompt, drafter=drafter, max_new_tokens=150) for prompt in prompts]
     assert any(max(result.accept_lengths) > 1 for result in decoded), "nothing is drafted rightly: the test would show little"
-    texts = [Turn(i, "qa", 0, result.prompt_tokens, result.tokens) for i, result in enumerate(decoded)]
+    texts = [Turn(i, i, "qa", 0, result.prompt_tokens, result.tokens) for i, result in enumerate(decoded)]
     for result, outcome in zip(decoded, replay.replayed(drafter, texts), strict=True):
         assert outcome.accept_lengths == result.accept_lengths
         assert sum(outcome.num_nodes) == pytest.approx(result.nodes_per_step * result.num_steps)
@@ -137,13 +139,13 @@ def watcher() -> Drafter:
 
 
 def test_feedback_tells_nothing_of_nodes_off_the_recorded_path():
-    outcome = next(replay.replayed(watcher(), [Turn(0, "qa", 0, [1, 2], [7, 8, 3])]))
+    outcome = next(replay.replayed(watcher(), [Turn(0, 0, "qa", 0, [1, 2], [7, 8, 3])]))
     assert outcome.accept_lengths == [3]
     assert outcome.drafter_state[0].tolist() == [[7, 8, 3, NO_TOKEN, NO_TOKEN]]
 
 
 def test_what_a_drafter_has_learned_passes_from_text_to_text():
-    texts = [Turn(0, "qa", 0, [1, 2], [7, 8, 3]), Turn(1, "qa", 0, [1, 2], [9, 8, 4])]
+    texts = [Turn(0, 0, "qa", 0, [1, 2], [7, 8, 3]), Turn(1, 1, "qa", 0, [1, 2], [9, 8, 4])]
     *_, last = replay.replayed(watcher(), texts)
     assert last.drafter_state[0].tolist() == [[7, 8, 3, NO_TOKEN, NO_TOKEN], [9, NO_TOKEN, NO_TOKEN, 8, 4]]
 
@@ -159,7 +161,7 @@ def test_drafters_that_look_up_on_the_host_are_asked_before_every_step():
         return draft_tree.from_chain(context.root, context.host, jnp.int32(1))
 
     counter = Drafter("counter", 2, 1, ("count",), draft, refresh=refresh)
-    assert steps_of(counter, Turn(0, "qa", 0, [1, 2], [3, 4, 5, 6])) == [([2, 2], [1, 1])]
+    assert steps_of(counter, Turn(0, 0, "qa", 0, [1, 2], [3, 4, 5, 6])) == [([2, 2], [1, 1])]
     assert seen == [2, 2, 4]  # the first time to compile
 
 
@@ -248,7 +250,7 @@ def test_a_run_writes_its_rows_and_tables(settings, tmp_path):
         rows["hd", "qa"]["acceptance"]["model"]["accepted"][0] + rows["hd", "qa"]["acceptance"]["statistics"]["accepted"][0] > 0
     )
     assert [d["name"] for d in summary["databases"]] == ["model", "model_text", "statistics"]
-    assert summary["databases"][0]["tokens"] == 19
+    assert summary["databases"][0]["tokens"] == 21  # an end token after each answer
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["flags"]["traces"] == "answers.jsonl"
     assert str(tmp_path) not in json.dumps([config, summary])
@@ -309,7 +311,7 @@ def test_budgets_and_memory_make_parts(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("pld", "hdd")}, "there is no drafter 'hdd'; known: none, pld, hd"),
+        ({"methods": ("pld", "hdd")}, "there is no drafter 'hdd'; known: none, pld, rest, suffix, hd, hd_tree"),
         ({"methods": ("pld", "pld")}, "names pld twice"),
         ({"methods": ("hd:window=3",)}, "a window's nodes need the model's logits; replay it with window=0"),
         ({"methods": ("hd:order=xyz",)}, "method hd-order=xyz: hd's order is a choice of the letters"),
@@ -362,7 +364,7 @@ def test_databases_are_built_once(settings, tmp_path, monkeypatch):
     assert again.statistics.text.tolist() == first.statistics.text.tolist()
     monkeypatch.undo()
     other = write_lines(tmp_path / "other.jsonl", [{"text": "nothing of before"[:7]}])
-    assert build(settings, tmp_path / "cache", statistics_corpus=other)[1][2]["tokens"] == 7
+    assert build(settings, tmp_path / "cache", statistics_corpus=other)[1][2]["tokens"] == 8
 
 
 def test_a_part_of_a_corpus_is_random_documents_up_to_a_number_of_tokens(settings, tmp_path):

@@ -105,6 +105,35 @@ def test_a_folder_without_template_says_so_when_one_is_needed(tmp_path):
         loaded.chat(TALK)
 
 
+KINDS = {
+    "word": ["\u2581the", "\u0120the", "\u2581\u00c4r", "\u2581\u732b"],
+    "word part": ["ing", "A", "\u732b"],
+    "digit": ["7", "\u25812024", "\u01209"],
+    "white space": ["\u2581", "\u0120", "<0x0A>", "\u010a", "\u010a\u010a"],  # a line's end in both vocabularies' forms
+    "sentence end": [".", "!", "?", ":", ";", "\u0120?"],
+    "comma": [",", "\u0120,"],
+    "other": ["(", "'s", "\u2581-", "...", "_"],
+    "special": ["<s>", "</s>"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_classes(tmp_path, kind):
+    folder = make_folder(tmp_path / "model")
+    pieces = [piece for name in reversed(KINDS) for piece in KINDS[name]]
+    bpe = tokenizers.Tokenizer(tokenizers.models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<s>"))
+    bpe.add_special_tokens(["<s>", "</s>"])
+    bpe.save(str(folder / "tokenizer.json"))
+    classes = tokenizer.load(folder).token_classes
+    assert classes.shape == (len(pieces),) and classes.dtype == "int32"
+    found = {piece: tokenizer.TOKEN_CLASSES[classes[pieces.index(piece)]] for piece in KINDS[kind]}
+    assert found == dict.fromkeys(KINDS[kind], kind)
+
+
+def test_all_token_classes_are_tested():
+    assert set(KINDS) == set(tokenizer.TOKEN_CLASSES)
+
+
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
