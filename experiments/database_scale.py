@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{facts}\n{report.aligned(head, body)}")
     if values.output_dir:
         folder = pathlib.Path(values.output_dir)
-        record = {"facts": facts, "tokenizer": values.tokenizer or "embedded", **options, "results": rows}
+        record = {"facts": facts, "tokenizer": pathlib.Path(values.tokenizer or "embedded").name, **options, "results": rows}
         report.write_file(folder / "database_scale.json", json.dumps(record, indent=1) + "\n")
         report.write_file(
             folder / "database_scale.md", f"# Suffix arrays by size\n\n{facts}\n\n{report.markdown(head, body)}\n"
