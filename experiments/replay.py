@@ -184,8 +184,9 @@ def plan(settings: Settings) -> list[Part]:
             raise ValueError(f"method {method.label}: a window's nodes need the model's logits; replay it with window=0")
         is_fixed = method.drafter in FIXED_SIZE or "num_nodes" not in known or "num_nodes" in options
         remembers = "remember" in known
+        has_memory = remembers and options.get("remember", known["remember"].default) != 0
         for is_warm in (False, True):
-            if is_warm and not (settings.warm and remembers and options.get("remember") != 0):
+            if is_warm and not (settings.warm and has_memory):
                 continue
             state = {"remember": 0} if remembers and not is_warm else {}
             for budget in [None] if is_fixed else settings.budgets:
