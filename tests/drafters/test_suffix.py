@@ -106,7 +106,9 @@ def _advance(drafter, update, state, text: list[int], num_appended: int):
 @pytest.mark.parametrize(("max_match", "max_depth", "num_nodes"), [(4, 6, 17), (1, 3, 5), (16, 24, 65)])
 def test_all_match_lengths_of_the_context_vote(max_match, max_depth, num_nodes):
     rng = np.random.default_rng(0)
-    drafter = suffix(corpus=None, remember=0, max_match=max_match, max_depth=max_depth, num_positions=64, num_nodes=num_nodes)
+    drafter = suffix(
+        corpus=None, combine="vote", remember=0, max_match=max_match, max_depth=max_depth, num_positions=64, num_nodes=num_nodes
+    )
     draft = jax.jit(drafter.draft)
     state = drafter.init((), _context([0]))
     num_drafted = 0
@@ -148,7 +150,7 @@ def test_the_best_match_length_wins(factor, min_probability):
 
 def test_the_longest_then_latest_matches_are_looked_at():
     text = [9, 1, 5, 2, 1, 6, 2, 1, 7, 3, 1, 8, 2, 1]
-    drafter = suffix(corpus=None, remember=0, num_positions=3, max_depth=1)
+    drafter = suffix(corpus=None, combine="vote", remember=0, num_positions=3, max_depth=1)
     tree = jax.jit(drafter.draft)((), drafter.init((), _context(text)), _context(text))
     assert sorted(_paths(tree)) == [(6,), (7,), (8,)]  # after "2 1", and the latest after "1" alone
 
@@ -156,7 +158,7 @@ def test_the_longest_then_latest_matches_are_looked_at():
 @pytest.mark.parametrize("remember", [24, 40])
 def test_earlier_answers_vote_until_they_are_overwritten(remember):
     rng = np.random.default_rng(2)
-    drafter = suffix(corpus=None, remember=remember, max_match=4, max_depth=6, num_nodes=33, num_positions=64)
+    drafter = suffix(corpus=None, combine="vote", remember=remember, max_match=4, max_depth=6, num_nodes=33, num_positions=64)
     draft, update = jax.jit(drafter.draft), jax.jit(drafter.update)
     assert drafter.renew is not None
     state, written, sources = None, [], []
@@ -202,8 +204,8 @@ def _databases(is_trie: bool = False) -> Databases:
 @pytest.mark.parametrize("corpus", ["statistics", "model"])
 def test_context_and_corpus_vote_on_one_tree(corpus):
     documents = _documents() if corpus == "statistics" else _documents(5)
-    drafter = suffix(_databases(), corpus=corpus, remember=0, num_positions=64, max_depth=8, num_nodes=513)
-    small = suffix(_databases(), corpus=corpus, remember=0, num_positions=64, max_depth=8, num_nodes=17)
+    drafter = suffix(_databases(), corpus=corpus, combine="vote", remember=0, num_positions=64, max_depth=8, num_nodes=513)
+    small = suffix(_databases(), corpus=corpus, combine="vote", remember=0, num_positions=64, max_depth=8, num_nodes=17)
     assert drafter.refresh is not None and small.refresh is not None
     draft, draft_small = jax.jit(drafter.draft), jax.jit(small.draft)
     rng = np.random.default_rng(4)
@@ -227,7 +229,7 @@ def test_a_trie_of_ngrams_drafts_what_the_text_does_up_to_its_order():
     text = _documents()[2][:50].tolist()
     found = []
     for is_trie in (False, True):
-        drafter = suffix(_databases(is_trie), remember=0, max_depth=1)
+        drafter = suffix(_databases(is_trie), combine="vote", remember=0, max_depth=1)
         assert drafter.refresh is not None
         tree = jax.jit(drafter.draft)((), (), _context(text, host=drafter.refresh(_context(text))))
         found.append((sorted(_paths(tree)), np.asarray(tree.sources).tolist()))
@@ -245,7 +247,7 @@ def test_the_corpus_best_length_competes_by_score():
 
 
 def test_what_the_corpus_said_holds_for_one_length_only():
-    drafter = suffix(_databases(), remember=0)
+    drafter = suffix(_databases(), combine="vote", remember=0)
     assert drafter.refresh is not None
     text = _documents()[0][:20].tolist()
     host = drafter.refresh(_context(text))
@@ -287,7 +289,7 @@ def test_the_same_options_give_the_same_functions():
     ("options", "message"),
     [
         ({"corpus": "web"}, "corpus is 'statistics', 'model' or None, not 'web'"),
-        ({"combine": "sum"}, "combine is 'vote' or 'best', not 'sum'"),
+        ({"combine": "sum"}, "combine is 'best' or 'vote', not 'sum'"),
         ({"remember": -1}, "remember must be at least 0"),
         ({"remember": 24}, "remember must be 0 or more than max_depth, 24"),
         ({"factor": 0}, "factor must be positive"),
