@@ -253,7 +253,10 @@ def main(argv: Sequence[str]) -> None:
     output = pathlib.Path(values["output"])
     if not output.parent.is_dir():
         raise ValueError(f"--output={output}: its folder does not exist")
-    run(replay.given_settings(), output, values["sources"], values["epochs"], values["seed"])
+    settings = replay.given_settings()
+    if settings.databases or not settings.model_corpus or not settings.statistics_corpus:
+        raise ValueError("weights are fitted with databases of two corpora: --model_corpus and --statistics_corpus")
+    run(settings, output, values["sources"], values["epochs"], values["seed"])
 
 
 if __name__ == "__main__":
