@@ -2,9 +2,10 @@
 
     frequent_ngrams     the most frequent n-grams of the model's own answers (HD's D_m)
     ngram_trie          n-gram statistics of a corpus, without its text (HD's D_s)
-    suffix_array        a corpus as running text (HD's D_s, REST)
+    suffix_array        a corpus as running text (HD's D_s, REST, SuffixDecoding; the model's own answers)
     trigrams            the likeliest successors of token pairs (ADED)
-    continuation_table  the form that all of them take on the device
+    continuation_table  on the device: the best continuations of the last tokens (hd)
+    successor_table     on the device: the likeliest next tokens, with probabilities (hd_tree)
     files               the container that all of them are kept in
 
 A database is built from documents: arrays int32[n] of token ids, each a piece of running text. No n-gram crosses from one

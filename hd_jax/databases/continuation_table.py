@@ -1,4 +1,4 @@
-"""The device form of a database: a hash table from the last k tokens to their most frequent continuations.
+"""The device form of a database: a hash table from the last k tokens to their best continuations.
 
 Keys are grouped by hash bucket, and the entries of a key stand together, the best first (`best_continuations`):
 

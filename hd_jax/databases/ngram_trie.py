@@ -110,7 +110,7 @@ class NgramTrie:
     def continuations(
         self, suffix: np.ndarray | Sequence[int], max_candidates: int, length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The most frequent continuations of a suffix, ties by lower tokens.
+        """The best continuations of a suffix, as `continuation_table.best_continuations` chooses and ranks them.
 
         Args:
           suffix: int32[k], k at least 1; nothing is found for k of max_order and more.

@@ -88,7 +88,7 @@ class SuffixArray:
     def continuations(
         self, suffix: np.ndarray | Sequence[int], max_candidates: int, length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The most frequent continuations of a suffix, ties by lower tokens.
+        """The best continuations of a suffix, as `continuation_table.best_continuations` chooses and ranks them.
 
         Of a suffix with more than MAX_SAMPLED occurrences, as many of them, evenly spaced in ascending order, are looked
         at, and the counts are scaled up.
