@@ -7,23 +7,13 @@ Three databases are asked in order of temporal locality until enough drafts are 
     m  model-dependent, D_m     the most frequent n-grams of the model's own answers, by their first token
     s  statistics-dependent, D_s  a large corpus, by the last two tokens, then by the last one
 
-D_c is a log of the n-grams in the order in which they were seen. The paper keeps for each token a least-recently-used set
-of the `num_drafts` latest distinct continuations: reading the log backwards and leaving out repetitions gives that set.
-
-The Jacobi window (section 3.1; Fu et al. 2024) is nodes of the same tree that are never accepted. Row 0 is a line of guesses
-from the root on, and every column continues downwards (here width 4, n-gram 4):
-
-    root -> a1 -> a2 -> a3        a node's ancestors are its column above and row 0 to its left
-     |      |     |     |
-     b0     b1    b2    b3        after a step, the likeliest tokens after the last row are the next row; each
-     |      |     |     |         column and its new token are an n-gram for D_c; row 0 is dropped
-     c0     c1    c2    c3
+D_c and its Jacobi window (section 3.1) are those of ngram_pool.py and jacobi_window.py, which Lookahead decoding shares.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +22,14 @@ import numpy as np
 from hd_jax import draft_tree
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.continuation_table import lookup
-from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, DraftTree
-from hd_jax.drafters.base import Context, Drafter
+from hd_jax.draft_tree import NO_TOKEN, DraftTree
+from hd_jax.drafters import jacobi_window, ngram_pool
+from hd_jax.drafters.base import Context, Drafter, Feedback
+from hd_jax.drafters.ngram_pool import State
 
 SOURCES = {"c": "context", "m": "model", "s": "statistics"}
 KEY_LENGTHS = (2, 1)  # of the suffixes that D_s is asked for, in this order
 MAX_DEVICE_BYTES = 256 * 2**20  # of a D_s that is kept on the device, and of each of its tables there
-
-
-class _State(NamedTuple):
-    log: jax.Array  # int32[R, n], a ring of n-grams
-    num_logged: jax.Array  # int32[], n-grams ever written
-    window: jax.Array  # int32[n - 1, W]; [0, 0] stands for the root
 
 
 def hd(
@@ -76,13 +62,12 @@ def hd(
     """
     if not order or len(set(order)) != len(order) or not set(order) <= set(SOURCES):
         raise ValueError(f"hd's order is a choice of the letters 'cms', each at most once, not {order!r}")
-    # A step's n-grams must fit the log: one a column of the window, and one a token.
-    least_history = window + max(ngram - 1, ngram - 3 + window) + 1
-    bounds = {"ngram": (ngram, 2), "window": (window, 0), "num_drafts": (num_drafts, 1), "history": (history, least_history)}
+    bounds = {"ngram": (ngram, 2), "window": (window, 0), "num_drafts": (num_drafts, 1)}
+    bounds["history"] = (history, ngram_pool.least_history(ngram, window))
     for name, (value, least) in bounds.items():
         if value < least:
             raise ValueError(f"hd's {name} must be at least {least}, not {value}")
-    window_nodes = max((ngram - 1) * window - 1, 0)
+    window_nodes = jacobi_window.num_nodes(ngram, window)
     full = 1 + window_nodes + num_drafts * (ngram - 1)
     num_nodes = full if num_nodes is None else min(num_nodes, full)
     if num_nodes < window_nodes + 2:
@@ -102,7 +87,7 @@ def hd(
     return Drafter(
         "hd",
         num_nodes=num_nodes,
-        max_depth=max(ngram - 1, ngram - 3 + window),
+        max_depth=max(ngram - 1, jacobi_window.max_depth(ngram, window)),
         source_names=tuple(SOURCES.values()),
         draft=draft,
         init=init,
@@ -116,39 +101,16 @@ def hd(
 def _functions(order: str, ngram: int, window: int, num_drafts: int, num_trie_nodes: int, history: int, is_on_host: bool):
     length = ngram - 1
 
-    def init(tables, context: Context) -> _State:
+    def init(tables, context: Context) -> State:
         del tables
-        num_ngrams = jnp.maximum(context.length - length, 0)
-        slots = jnp.arange(history)
-        # Ring slot r holds the newest n-gram whose number is r modulo the ring's size.
-        starts = slots + history * ((num_ngrams - 1 - slots) // history)
-        picked = context.tokens[jnp.clip(starts[:, None] + jnp.arange(ngram), 0, context.tokens.shape[0] - 1)]
-        log = jnp.where((slots < num_ngrams)[:, None], picked, NO_TOKEN)
-        cells = jnp.arange((ngram - 1) * window).reshape(ngram - 1, window)
-        guesses = context.tokens[(7919 * (cells + 1)) % context.length]  # scattered tokens of the prompt, always the same
-        return _State(log, num_ngrams, guesses)
+        return ngram_pool.start(context, ngram=ngram, width=window, history=history)
 
-    def recent(state: _State, root: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The latest distinct continuations of `root` in the log: int32[G, C], bool[G]."""
-        slots = jnp.arange(history)
-        written = slots + history * ((state.num_logged - 1 - slots) // history)  # number of the n-gram in each slot
-        rank = jnp.where((state.log[:, 0] == root) & (slots < state.num_logged), written, -1)
-
-        def take(rank, _):
-            newest = jnp.argmax(rank)
-            value = state.log[newest, 1:]
-            is_repeated = jnp.all(state.log[:, 1:] == value, axis=-1)
-            return jnp.where(is_repeated, -1, rank), (value, rank[newest] >= 0)
-
-        _, (values, is_found) = jax.lax.scan(take, rank, None, length=num_drafts, unroll=True)
-        return values, is_found
-
-    def draft(tables, state: _State, context: Context) -> DraftTree:
+    def draft(tables, state: State, context: Context) -> DraftTree:
         root = context.root
         found: list[tuple[jax.Array, jax.Array, str]] = []  # int32[G, C], int32[G], source
         for letter in order:
             if letter == "c":
-                values, is_found = recent(state, root)
+                values, is_found = ngram_pool.latest(state, root, num_drafts)
                 found.append((values, jnp.where(is_found, length, 0), letter))
             elif letter == "m":
                 values, lengths, _ = lookup(tables["m"], root[None])
@@ -167,40 +129,11 @@ def _functions(order: str, ngram: int, window: int, num_drafts: int, num_trie_no
         sources = np.concatenate([np.full(v.shape[0], list(SOURCES).index(letter)) for v, _, letter in found])
         lengths = _first_distinct(drafts, lengths, num_drafts)
         trie = draft_tree.merge(root, drafts, lengths, jnp.asarray(sources, jnp.int32), num_trie_nodes)
-        return draft_tree.join(_window_tree(state.window, root), trie) if window else trie
+        return draft_tree.join(jacobi_window.tree(state.window, root), trie) if window else trie
 
-    def update(tables, state: _State, context: Context, feedback) -> _State:
+    def update(tables, state: State, context: Context, feedback: Feedback) -> State:
         del tables
-        max_appended = feedback.path.shape[0]
-        back = jnp.arange(max_appended)
-        ends = context.length - feedback.num_appended + back  # slots of the appended tokens, oldest first
-        starts = ends - length
-        accepted = context.tokens[jnp.clip(starts[:, None] + jnp.arange(ngram), 0, context.tokens.shape[0] - 1)]
-        is_new = (back < feedback.num_appended) & (starts >= 0)
-        window_tokens = state.window
-        if window:
-            bottom = feedback.argmax[(ngram - 2) * window + jnp.arange(window)]  # after the window's last row
-            columns = state.window.at[0, 0].set(feedback.tree.tokens[draft_tree.ROOT_INDEX])
-            columns = jnp.concatenate([columns, bottom[None]])  # [n, W]
-            window_tokens = columns[1:]
-            # The accepted text is written last: it is the most recent, and surer than the window's guesses.
-            accepted = jnp.concatenate([columns.T, accepted])
-            is_new = jnp.concatenate([jnp.broadcast_to(feedback.num_appended > 0, window), is_new])
-        place = (state.num_logged + jnp.cumsum(is_new) - 1) % history
-        log = state.log.at[jnp.where(is_new, place, history)].set(accepted, mode="drop")
-        return state._replace(log=log, num_logged=state.num_logged + jnp.sum(is_new), window=window_tokens)
-
-    def _window_tree(tokens: jax.Array, root: jax.Array) -> DraftTree:
-        cells = np.arange((ngram - 1) * window).reshape(ngram - 1, window)  # node index of each cell; [0, 0] is the root
-        parents = np.empty_like(cells)
-        parents[0] = cells[0] - 1
-        parents[1:] = cells[:-1]
-        return DraftTree(
-            tokens=tokens.at[0, 0].set(root).reshape(-1),
-            parents=jnp.asarray(parents.reshape(-1), jnp.int32).at[0].set(draft_tree.NO_PARENT),
-            sources=jnp.full(cells.size, NO_SOURCE, jnp.int32),
-            is_window=jnp.arange(cells.size) > 0,
-        )
+        return ngram_pool.learn(state, context, feedback)
 
     return init, draft, update
 
