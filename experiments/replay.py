@@ -6,7 +6,7 @@ r"""Mean accepted tokens without a model: drafters run over recorded answers.
 With greedy decoding, what is accepted depends only on the tokens that the model wrote. So the loop that decodes
 (`hd_jax.loop`) runs with a record of them (`experiments.traces` says in which form) in the model's place: drafters, their
 state and their feedback are those of decoding, and the steps are the ones that decoding would have taken. Drafters that
-need the model's logits cannot be replayed; HD runs without its window.
+need the model's logits cannot be replayed (NEEDS_LOGITS); HD runs without its window.
 
 A budget is the number of nodes drafted a step, the root not counted: `--budgets=8` makes drafters with num_nodes=9. Methods
 of a fixed size (FIXED_SIZE), and those whose num_nodes is given, as in hd_tree:num_nodes=17, run once.
@@ -54,6 +54,8 @@ from hd_jax.drafters.hd_tree import WEIGHTS
 from hd_jax.models import tokenizer as tokenizers
 
 FIXED_SIZE = ("none", "pld", "hd", "rest")  # methods whose paper sets the number of nodes
+# Methods that are not themselves without the model's logits: what is left of Lookahead is hd:order=c:window=0.
+NEEDS_LOGITS = ("lookahead",)
 SYNC_EVERY = 256  # steps a dispatch, for drafters that need no host
 CACHE = pathlib.Path.home() / ".cache" / "hd_jax"
 MIN_TOKENS = 896  # that every text has room for: fewer sizes, so fewer programs are compiled
@@ -178,6 +180,8 @@ def plan(settings: Settings) -> list[Part]:
         if method.drafter not in drafters.MAKERS:
             known = ", ".join(drafters.MAKERS)
             raise ValueError(f"method {method.label}: there is no drafter {method.drafter!r}; known: {known}")
+        if method.drafter in NEEDS_LOGITS:
+            raise _needs_logits(method)
         known = inspect.signature(drafters.MAKERS[method.drafter]).parameters
         options = dict(method.options)
         if "window" in known and options.setdefault("window", 0) != 0:
@@ -201,10 +205,14 @@ def _make(part: Part, databases: Databases) -> Drafter:
     except ValueError as error:
         raise ValueError(f"method {part.method.label}: {error}") from error
     if drafter.num_top_logits:
-        raise ValueError(f"method {part.method.label} drafts from the model's logits: it cannot be replayed without the model")
+        raise _needs_logits(part.method)
     if drafter.max_depth + 1 > runner.RESERVE:
         raise ValueError(f"method {part.method.label} is {drafter.max_depth} deep; at most {runner.RESERVE - 1} is possible")
     return drafter
+
+
+def _needs_logits(method: Method) -> ValueError:
+    return ValueError(f"method {method.label} drafts from the model's logits: it cannot be replayed without the model")
 
 
 def _ready_databases(settings: Settings, tokenizer: Any) -> Databases:

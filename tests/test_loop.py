@@ -65,8 +65,13 @@ def _hd_tree() -> Drafter:
 
 @pytest.mark.parametrize(
     ("make", "exact"),
-    [(lambda: drafters.hd(order="c"), False), (lambda: drafters.hd(order="c"), True), (_hd_tree, False)],
-    ids=["hd", "hd-exact", "hd_tree"],
+    [
+        (lambda: drafters.hd(order="c"), False),
+        (lambda: drafters.hd(order="c"), True),
+        (_hd_tree, False),
+        (lambda: drafters.lookahead(window=3, pool_from_prompt=False), False),
+    ],
+    ids=["hd", "hd-exact", "hd_tree", "lookahead"],
 )
 def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact):
     """No callback, no host: the whole loop is one program on every platform."""

@@ -10,6 +10,7 @@ from hd_jax.databases.collection import Databases
 from hd_jax.drafters.base import Drafter
 from hd_jax.drafters.hd import hd
 from hd_jax.drafters.hd_tree import hd_tree
+from hd_jax.drafters.lookahead import lookahead
 from hd_jax.drafters.none import none
 from hd_jax.drafters.pld import pld
 from hd_jax.drafters.rest import rest
@@ -19,6 +20,7 @@ from hd_jax.drafters.suffix import suffix
 MAKERS: dict[str, Callable[..., Drafter]] = {
     "none": none,
     "pld": pld,
+    "lookahead": lookahead,
     "rest": rest,
     "suffix": suffix,
     "hd": hd,

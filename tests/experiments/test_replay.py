@@ -311,9 +311,16 @@ def test_budgets_and_memory_make_parts(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("pld", "hdd")}, "there is no drafter 'hdd'; known: none, pld, rest, suffix, hd, hd_tree"),
+        (
+            {"methods": ("pld", "hdd")},
+            "there is no drafter 'hdd'; known: none, pld, lookahead, rest, suffix, hd, hd_tree",
+        ),
         ({"methods": ("pld", "pld")}, "names pld twice"),
         ({"methods": ("hd:window=3",)}, "a window's nodes need the model's logits; replay it with window=0"),
+        (
+            {"methods": ("lookahead:window=0",)},
+            "method lookahead-window=0 drafts from the model's logits: it cannot be replayed",
+        ),
         ({"methods": ("hd:order=xyz",)}, "method hd-order=xyz: hd's order is a choice of the letters"),
         ({"methods": ("hd:size=3",)}, "drafter hd has no option size"),
         ({"methods": ("pld:num_nodes=200",)}, "is 199 deep; at most 127 is possible"),
@@ -327,13 +334,13 @@ def test_bad_settings_are_told_before_anything_is_built(settings, changes, messa
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
-def test_drafters_that_need_logits_are_refused(settings, tmp_path, monkeypatch):
-    def recycling():
-        return Drafter("recycling", 2, 1, ("logits",), lambda *_: None, num_top_logits=8)  # pyright: ignore
+def test_other_drafters_that_need_logits_are_refused(settings, tmp_path, monkeypatch):
+    def own():
+        return Drafter("own", 2, 1, ("logits",), lambda *_: None, num_top_logits=8)  # pyright: ignore
 
-    monkeypatch.setitem(replay.drafters.MAKERS, "recycling", recycling)
-    with pytest.raises(ValueError, match="drafts from the model's logits: it cannot be replayed"):
-        replay.run(Settings(**{**vars(settings), "methods": ("recycling",)}), tmp_path / "out")
+    monkeypatch.setitem(replay.drafters.MAKERS, "own", own)
+    with pytest.raises(ValueError, match="method own drafts from the model's logits: it cannot be replayed"):
+        replay.run(Settings(**{**vars(settings), "methods": ("own",)}), tmp_path / "out")
 
 
 def test_a_broken_corpus_leaves_nothing_behind(settings, tmp_path):
