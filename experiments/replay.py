@@ -54,8 +54,8 @@ from hd_jax.drafters.hd_tree import WEIGHTS
 from hd_jax.models import tokenizer as tokenizers
 
 FIXED_SIZE = ("none", "pld", "hd", "rest")  # methods whose paper sets the number of nodes
-# Methods that are not themselves without the model's logits: what is left of Lookahead is hd:order=c:window=0.
-NEEDS_LOGITS = ("lookahead",)
+# Without the model's logits, Token Recycling has nothing to draft, and what is left of Lookahead is hd:order=c:window=0.
+NEEDS_LOGITS = ("lookahead", "recycling")
 SYNC_EVERY = 256  # steps a dispatch, for drafters that need no host
 CACHE = pathlib.Path.home() / ".cache" / "hd_jax"
 MIN_TOKENS = 896  # that every text has room for: fewer sizes, so fewer programs are compiled

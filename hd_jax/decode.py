@@ -86,7 +86,7 @@ def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike 
         databases = lm.databases
     elif not isinstance(databases, Databases):
         databases = Databases(databases, lm.tokenizer.fingerprint, token_classes=lm.tokenizer.token_classes)
-    return drafters.make(name, databases, options)
+    return drafters.make(name, databases, options, vocab_size=lm.config.vocab_size)
 
 
 def generate(

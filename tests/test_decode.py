@@ -92,11 +92,12 @@ DRAFTERS = {
     "python": python_pld(),
     "lookahead": drafters.lookahead(window=3, num_drafts=3, history=64),
     "rest": drafters.rest(_databases(), num_nodes=9),
+    "recycling": drafters.recycling(vocab_size=48, num_nodes=17),
     "suffix": drafters.suffix(_databases(), num_nodes=9),
     "hd_tree": drafters.hd_tree(_databases(), rounds=2, width=2, history=64, num_nodes=9),
 }
 # Greedy decoding and sampling are two programs that take seconds to compile; a drafter sees no more of either than its tokens.
-TEMPERATURES = {"rest": [0.0], "suffix": [0.0], "hd_tree": [1.5], "lookahead": [0.0, 1.5]}
+TEMPERATURES = {"rest": [0.0], "suffix": [0.0], "hd_tree": [1.5], "lookahead": [0.0, 1.5], "recycling": [0.0, 1.5]}
 CASES = [(name, temperature) for name in DRAFTERS for temperature in TEMPERATURES.get(name, [0.0, 0.7, 1.5])]
 
 

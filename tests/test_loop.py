@@ -70,8 +70,9 @@ def _hd_tree() -> Drafter:
         (lambda: drafters.hd(order="c"), True),
         (_hd_tree, False),
         (lambda: drafters.lookahead(window=3, pool_from_prompt=False), False),
+        (lambda: drafters.recycling(vocab_size=48), False),
     ],
-    ids=["hd", "hd-exact", "hd_tree", "lookahead"],
+    ids=["hd", "hd-exact", "hd_tree", "lookahead", "recycling"],
 )
 def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact):
     """No callback, no host: the whole loop is one program on every platform."""

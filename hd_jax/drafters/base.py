@@ -1,8 +1,9 @@
 """What a drafter is: `(init, draft, update)`, pure functions over pytrees.
 
 A drafter is written for one row; the loop maps it over a batch. Shapes are fixed: S is that of the context's tokens; a
-drafter that needs the size of the vocabulary takes it as an option. `hd_jax/drafters/hd.py` is an example with state. The
-smallest useful one repeats what followed the last occurrence of the newest token:
+drafter that needs the size of the vocabulary takes it as its option `vocab_size`, which `decode.make_drafter` fills in.
+`hd_jax/drafters/hd.py` is an example with state. The smallest useful one repeats what followed the last occurrence of the
+newest token:
 
     import functools
     import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """Lookahead decoding (Fu et al., ICML 2024, arXiv 2402.02057): the model drafts for itself, in a Jacobi window.
 
-Besides the drafts, every step runs a window of guesses of what comes later (section 3.1 of the paper; jacobi_window.py draws
-it). Each step's n-grams of it go to a pool, and the pool's latest distinct n-grams that begin with the newest token are the
-next drafts (section 3.2). It needs no database and no text to copy from, only arithmetic to spare: with the settings for a
-model of 7B parameters, which are the defaults, a step has 120 nodes.
+Besides the drafts, every step runs a window of guesses of what comes later (jacobi_window.py draws it). Each step's n-grams
+of it go to a pool, and the pool's latest distinct n-grams that begin with the newest token are the next drafts. It needs no
+database and no text to copy from, only arithmetic to spare: with the settings for a model of 7B parameters, which are the
+defaults, a step has 120 nodes.
 
 What the paper leaves open is as in its authors' code: the window's rows are the likeliest tokens at any temperature, it moves
 on by one column a step whatever was accepted, and with its POOL_FROM_PROMPT the n-grams of the accepted text enter the pool

@@ -313,10 +313,11 @@ def test_budgets_and_memory_make_parts(settings, monkeypatch):
     [
         (
             {"methods": ("pld", "hdd")},
-            "there is no drafter 'hdd'; known: none, pld, lookahead, rest, suffix, hd, hd_tree",
+            "there is no drafter 'hdd'; known: none, pld, lookahead, rest, recycling, suffix, hd, hd_tree",
         ),
         ({"methods": ("pld", "pld")}, "names pld twice"),
         ({"methods": ("hd:window=3",)}, "a window's nodes need the model's logits; replay it with window=0"),
+        ({"methods": ("recycling",)}, "method recycling drafts from the model's logits: it cannot be replayed"),
         (
             {"methods": ("lookahead:window=0",)},
             "method lookahead-window=0 drafts from the model's logits: it cannot be replayed",
