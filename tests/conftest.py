@@ -50,6 +50,13 @@ def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype
     return LM(config, model, params, LetterTokenizer(), "random", max_context)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_freed():
+    """Each compiled program keeps memory maps; a process may hold 65,530 (Linux), and dies at the next one."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def lm() -> LM:
     return random_lm()
