@@ -12,17 +12,21 @@ import numpy as np
 import tqdm
 
 from experiments.build_databases import read_documents
-from hd_jax.databases import SEPARATOR, files, frequent_ngrams, suffix_array
+from hd_jax.databases import SEPARATOR, files, frequent_ngrams, suffix_array, trigrams
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.frequent_ngrams import FrequentNgrams
 from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.databases.trigrams import TrigramCounts
 
-# kind: (class, its kind of file, options of its build). D_m is the paper's 100,000 most frequent 5-grams.
+# kind: (class, its kind of file, options of its build). D_m is the paper's 100,000 most frequent 5-grams, and ADED's code
+# keeps the 12 likeliest successors of a pair.
 FORMS: dict[str, tuple[Any, str, dict[str, int]]] = {
     "model": (FrequentNgrams, frequent_ngrams.KIND, {"n": 5, "max_ngrams": 100_000}),
     "model_text": (SuffixArray, suffix_array.KIND, {}),
     "statistics": (SuffixArray, suffix_array.KIND, {}),
+    "trigrams": (TrigramCounts, trigrams.KIND, {"max_successors": 12}),
 }
+OF_STATISTICS = ("statistics", "trigrams")  # kinds that are built from the statistics corpus
 
 
 def placeholder(has_model: bool, has_statistics: bool) -> Databases:
@@ -32,7 +36,7 @@ def placeholder(has_model: bool, has_statistics: bool) -> Databases:
 
 
 def _kinds(has_model: bool, has_statistics: bool) -> list[str]:
-    return ["model", "model_text"] * has_model + ["statistics"] * has_statistics
+    return ["model", "model_text"] * has_model + [*OF_STATISTICS] * has_statistics
 
 
 def from_corpora(
@@ -63,7 +67,7 @@ def from_corpora(
     tokenized: dict[Any, tuple[list[np.ndarray], float]] = {}
     for kind in _kinds(model_corpus is not None, statistics_corpus is not None):
         form, file_kind, options = FORMS[kind]
-        corpus, max_tokens = (statistics_corpus, statistics_tokens) if kind == "statistics" else (model_corpus, None)
+        corpus, max_tokens = (statistics_corpus, statistics_tokens) if kind in OF_STATISTICS else (model_corpus, None)
         assert corpus is not None
         making = {
             "form": "texts and end tokens",

@@ -14,6 +14,7 @@ from hd_jax import decode, draft_tree, drafters, exactness, runner
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter
 
@@ -81,7 +82,11 @@ def _databases() -> Databases:
     """Small ones that hold some of what the model writes, as if they had been made of its answers."""
     rng = np.random.default_rng(3)
     documents = [np.asarray(PROMPTS[0], np.int32), *(rng.integers(2, 48, 200).astype(np.int32) for _ in range(4))]
-    return Databases(model_text=SuffixArray.build(documents), statistics=NgramTrie.build(documents, min_documents=1))
+    return Databases(
+        model_text=SuffixArray.build(documents),
+        statistics=NgramTrie.build(documents, min_documents=1),
+        trigrams=TrigramCounts.build(documents),
+    )
 
 
 DRAFTERS = {
@@ -94,10 +99,15 @@ DRAFTERS = {
     "rest": drafters.rest(_databases(), num_nodes=9),
     "recycling": drafters.recycling(vocab_size=48, num_nodes=17),
     "suffix": drafters.suffix(_databases(), num_nodes=9),
+    "aded": drafters.aded(_databases(), num_successors=4, max_pairs=64, num_nodes=9),
+    "aded from text": drafters.aded(
+        _databases(), adapt="from_text", search="mcts", prompt_gain=0.1, max_pairs=64, iterations=12, num_nodes=9
+    ),
     "hd_tree": drafters.hd_tree(_databases(), rounds=2, width=2, history=64, num_nodes=9),
 }
 # Greedy decoding and sampling are two programs that take seconds to compile; a drafter sees no more of either than its tokens.
 TEMPERATURES = {"rest": [0.0], "suffix": [0.0], "hd_tree": [1.5], "lookahead": [0.0, 1.5], "recycling": [0.0, 1.5]}
+TEMPERATURES |= {"aded": [0.0, 1.5], "aded from text": [1.5]}
 CASES = [(name, temperature) for name in DRAFTERS for temperature in TEMPERATURES.get(name, [0.0, 0.7, 1.5])]
 
 

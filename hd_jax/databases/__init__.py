@@ -5,7 +5,8 @@
     suffix_array        a corpus as running text (HD's D_s, REST, SuffixDecoding; the model's own answers)
     trigrams            the likeliest successors of token pairs (ADED)
     continuation_table  on the device: the best continuations of the last tokens (hd)
-    successor_table     on the device: the likeliest next tokens, with probabilities (hd_tree)
+    successor_table     on the device: the likeliest next tokens, with probabilities (hd_tree, ADED)
+    pair_overlay        on the device: successors of token pairs, as they were changed while decoding (ADED)
     files               the container that all of them are kept in
 
 A database is built from documents: arrays int32[n] of token ids, each a piece of running text. No n-gram crosses from one

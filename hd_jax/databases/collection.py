@@ -16,13 +16,19 @@ from hd_jax.databases.frequent_ngrams import FrequentNgrams
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.successor_table import SuccessorTable
 from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.databases.trigrams import TrigramCounts
 
 # File names; a statistics database is of either form.
-FILES = {"model": "model.safetensors", "model_text": "model_text.safetensors", "statistics": "statistics.safetensors"}
+FILES = {
+    "model": "model.safetensors",
+    "model_text": "model_text.safetensors",
+    "statistics": "statistics.safetensors",
+    "trigrams": "trigrams.safetensors",
+}
 
 
 class Databases:
-    """D_m, in two forms, and D_s of a model.
+    """D_m, in two forms, D_s and the tri-grams of a model.
 
     Attributes:
       folder: where the files are looked for; None for nowhere.
@@ -38,12 +44,18 @@ class Databases:
         model: FrequentNgrams | None = None,
         model_text: NgramTrie | SuffixArray | None = None,
         statistics: NgramTrie | SuffixArray | None = None,
+        trigrams: TrigramCounts | None = None,
         token_classes: np.ndarray | None = None,
     ):
         self.folder = None if folder is None else pathlib.Path(folder)
         self.fingerprint = fingerprint
         self.token_classes = token_classes
-        self._given: dict[str, Any] = {"model": model, "model_text": model_text, "statistics": statistics}
+        self._given: dict[str, Any] = {
+            "model": model,
+            "model_text": model_text,
+            "statistics": statistics,
+            "trigrams": trigrams,
+        }
         self._made: dict[Any, Any] = {}
 
     @functools.cached_property
@@ -61,6 +73,11 @@ class Databases:
         """D_s. Raises ValueError where there is none, or it was built with another tokenizer."""
         return self._given["statistics"] or open_statistics(self._path("statistics"), self.fingerprint)
 
+    @functools.cached_property
+    def trigrams(self) -> TrigramCounts:
+        """The likeliest successors of token pairs. Raises as `model`."""
+        return self._given["trigrams"] or TrigramCounts.open(self._path("trigrams"), self.fingerprint)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned for the first time with this key."""
         if key not in self._made:
@@ -72,7 +89,7 @@ class Databases:
         return self.once((kind, *sorted(settings.items())), lambda: getattr(self, kind).to_table(**settings))
 
     def successors(self, kind: str, **settings: Any) -> SuccessorTable:
-        """The successor table of the "model_text" or "statistics" database; made once for the same settings."""
+        """The successor table of the "model_text", "statistics" or "trigrams" database; made once for the same settings."""
         key = ("successors", kind, *sorted(settings.items()))
         return self.once(key, lambda: successor_table.build(getattr(self, kind), **settings))
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.draft_tree import NO_TOKEN
 
 MAX_ORDER = 5  # K, by default
@@ -100,21 +101,25 @@ def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
 
 
 def build(
-    database: NgramTrie | SuffixArray,
+    database: NgramTrie | SuffixArray | TrigramCounts,
     *,
     max_order: int = MAX_ORDER,
     num_successors: int = 16,
     min_count: int = 2,
     max_bytes: int | None = None,
+    discount: float = DISCOUNT,
 ) -> SuccessorTable:
-    """The table of a statistics database.
+    """The table of a statistics database, or of tri-gram counts.
 
     Args:
-      database: its n-grams of up to max_order + 1 tokens are counted; of a trie, as far as its order goes.
+      database: its n-grams of up to max_order + 1 tokens are counted; of a trie and of tri-grams, as far as their order
+        goes. What tri-grams left out of a pair's successors is lent by the shorter context, as the discount is.
       max_order: K.
       num_successors: G.
       min_count: a context is kept if something followed it so often.
       max_bytes: of the table; min_count is doubled until it fits.
+      discount: D. With 0 the probabilities are relative frequencies, and a shorter context counts only where no longer
+        one is known.
 
     Raises:
       ValueError: an option is out of range, or the database is running text of more than MAX_TEXT tokens.
@@ -122,6 +127,8 @@ def build(
     if max_order < 1 or num_successors < 1 or min_count < 1:
         values = f"{max_order}, {num_successors}, {min_count}"
         raise ValueError(f"max_order, num_successors and min_count must be at least 1, not {values}")
+    if not 0 <= discount < 1:
+        raise ValueError(f"discount must be at least 0 and less than 1, not {discount}")
     if isinstance(database, SuffixArray):
         if len(database.text) > MAX_TEXT:
             raise ValueError(
@@ -133,8 +140,11 @@ def build(
     if max_order < 1:
         raise ValueError("a table of successors needs n-grams of at least two tokens")
     ngrams = [database.ngrams(order) for order in range(1, max_order + 2)]
+    left_out = np.zeros(0, np.int64)
+    if isinstance(database, TrigramCounts) and max_order == 2:
+        left_out = database.left_out
     while True:
-        table = _build(ngrams, num_successors, min_count)
+        table = _build(ngrams, num_successors, min_count, discount, left_out)
         if max_bytes is None or table.num_bytes <= max_bytes:
             return table
         min_count *= 2
@@ -152,7 +162,10 @@ class _Level(NamedTuple):
     probabilities: np.ndarray  # float32[M_k]
 
 
-def _build(ngrams: list[tuple[np.ndarray, np.ndarray]], num_successors: int, min_count: int) -> SuccessorTable:
+def _build(
+    ngrams: list[tuple[np.ndarray, np.ndarray]], num_successors: int, min_count: int, discount: float, left_out: np.ndarray
+) -> SuccessorTable:
+    """The table of n-grams by order; `left_out`, if not empty, counts what the rows of the highest order do not, by context."""
     unigrams, unigram_counts = ngrams[0]
     total = max(int(unigram_counts.sum()), 1)
     # The unigrams stand for the successors of the empty context.
@@ -164,8 +177,9 @@ def _build(ngrams: list[tuple[np.ndarray, np.ndarray]], num_successors: int, min
         probabilities=(unigram_counts / total).astype(np.float32),
     )
     levels = []
-    for rows, counts in ngrams[1:]:
-        shorter = _interpolated(rows, counts.astype(np.int64), shorter, num_successors, min_count)
+    for order, (rows, counts) in enumerate(ngrams[1:], 1):
+        missing = left_out if order == len(ngrams) - 1 else left_out[:0]
+        shorter = _interpolated(rows, counts.astype(np.int64), shorter, num_successors, min_count, discount, missing)
         levels.append(shorter)
     keys, counts, sizes = (np.concatenate([getattr(level, name) for level in levels]) for name in ("keys", "counts", "sizes"))
     tokens, probabilities = (np.concatenate([getattr(level, name) for level in levels]) for name in ("tokens", "probabilities"))
@@ -192,7 +206,15 @@ def _build(ngrams: list[tuple[np.ndarray, np.ndarray]], num_successors: int, min
     )
 
 
-def _interpolated(rows: np.ndarray, counts: np.ndarray, shorter: _Level, num_successors: int, min_count: int) -> _Level:
+def _interpolated(
+    rows: np.ndarray,
+    counts: np.ndarray,
+    shorter: _Level,
+    num_successors: int,
+    min_count: int,
+    discount: float,
+    left_out: np.ndarray,
+) -> _Level:
     """The level of contexts rows[:, :-1], from their successors rows[:, -1] and the level of contexts a token shorter.
 
     Args:
@@ -201,6 +223,8 @@ def _interpolated(rows: np.ndarray, counts: np.ndarray, shorter: _Level, num_suc
       shorter: of order k - 1.
       num_successors: G.
       min_count: of a context.
+      discount: D.
+      left_out: int64[contexts], occurrences of each context that no row counts; empty for none.
     """
     order = rows.shape[1] - 1
     is_new = np.ones(len(rows), bool)
@@ -208,13 +232,15 @@ def _interpolated(rows: np.ndarray, counts: np.ndarray, shorter: _Level, num_suc
     starts = np.flatnonzero(is_new)
     sizes = np.diff(starts, append=len(rows))
     totals = np.add.reduceat(counts, starts) if len(starts) else np.zeros(0, np.int64)
+    missing = left_out if len(left_out) else np.zeros_like(totals)
+    totals = totals + missing
     is_kept = totals >= min_count
     in_kept = np.repeat(is_kept, sizes)
     contexts = rows[starts[is_kept], :-1]
-    sizes, totals = sizes[is_kept], totals[is_kept]
+    sizes, totals, missing = sizes[is_kept], totals[is_kept], missing[is_kept]
     groups = np.repeat(np.arange(len(totals)), sizes)
-    own_tokens, own = rows[in_kept, -1], np.maximum(counts[in_kept] - DISCOUNT, 0) / totals[groups]
-    backoff = DISCOUNT * sizes / totals  # the weight of the shorter context
+    own_tokens, own = rows[in_kept, -1], np.maximum(counts[in_kept] - discount, 0) / totals[groups]
+    backoff = (discount * sizes + missing) / totals  # the weight of the shorter context
     if order == 1:  # every token is a successor of the empty context: look up those that matter
         dense = np.zeros(int(max(shorter.tokens.max(initial=0), own_tokens.max(initial=0))) + 1)
         dense[shorter.tokens] = shorter.probabilities

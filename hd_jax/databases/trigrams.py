@@ -32,6 +32,28 @@ class TrigramCounts:
     def num_bytes(self) -> int:
         return sum(getattr(self, field.name).nbytes for field in dataclasses.fields(self))
 
+    @property
+    def max_order(self) -> int:
+        return 3
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """int64[P]: of the pair's occurrences, those before a token that was not kept."""
+        kept = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])[self.starts]
+        return self.totals - np.diff(kept)
+
+    def ngrams(self, order: int) -> tuple[np.ndarray, np.ndarray]:
+        """The n-grams that the pairs tell of: int32[R, order] ascending, and their counts int64[R]."""
+        if order == 1:
+            tokens, numbers = np.unique(self.pairs[:, 1], return_inverse=True)
+            return tokens[:, None], np.bincount(numbers, self.totals, minlength=len(tokens)).astype(np.int64)
+        if order == 2:
+            return np.asarray(self.pairs), self.totals.astype(np.int64)
+        numbers = np.repeat(np.arange(len(self.pairs)), np.diff(self.starts))
+        ascending = np.lexsort([self.successors, numbers])
+        rows = np.concatenate([self.pairs[numbers], self.successors[ascending][:, None]], axis=1)
+        return rows, self.counts[ascending].astype(np.int64)
+
     @staticmethod
     def build(
         documents: Sequence[np.ndarray],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hd_jax.databases.collection import Databases
+from hd_jax.drafters.aded import aded
 from hd_jax.drafters.base import Drafter
 from hd_jax.drafters.hd import hd
 from hd_jax.drafters.hd_tree import hd_tree
@@ -25,6 +26,7 @@ MAKERS: dict[str, Callable[..., Drafter]] = {
     "rest": rest,
     "recycling": recycling,
     "suffix": suffix,
+    "aded": aded,
     "hd": hd,
     "hd_tree": hd_tree,
 }

@@ -2,12 +2,16 @@
 
 from collections import Counter, defaultdict
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_continuation_table import lookup_all
 from test_ngram_trie import corpus
 
+from hd_jax.databases import successor_table
+from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.trigrams import TrigramCounts
+from hd_jax.draft_tree import NO_TOKEN
 
 
 def naive(documents, max_successors):
@@ -51,6 +55,40 @@ def test_bounds_keep_the_most_frequent_pairs():
     assert bounded.num_bytes <= full.num_bytes // 2 and 0 < num_pairs < len(ranked)
     assert as_dict(bounded) == {pair: best[pair] for pair in ranked[:num_pairs]}
     assert bounded.num_bytes + 16 + 8 * len(best[ranked[num_pairs]]) > full.num_bytes // 2
+
+
+def test_the_successor_table_is_that_of_the_whole_corpus_if_nothing_was_left_out():
+    documents = corpus(6, num_documents=60, vocab=9)
+    whole = successor_table.build(NgramTrie.build(documents, max_order=3, min_documents=1), max_order=2, min_count=1)
+    counts = TrigramCounts.build(documents, max_successors=9)
+    assert not counts.left_out.any()
+    table = successor_table.build(counts, min_count=1)
+    for first, second in counts.pairs[::5].tolist():
+        suffix = jnp.asarray([[first, second]])
+        expected, found = successor_table.lookup(whole, suffix), successor_table.lookup(table, suffix)
+        assert int(found.orders[0]) == 2 and int(found.counts[0]) == int(expected.counts[0])
+        as_row = lambda answer: dict(zip(answer.tokens[0].tolist(), answer.probabilities[0].tolist(), strict=True))  # noqa: E731
+        # The bigrams that tri-grams tell of lack those at a document's beginning.
+        assert as_row(found) == pytest.approx(as_row(expected), abs=0.02)
+
+
+def test_what_was_left_out_of_a_pair_is_lent_by_its_second_token():
+    documents = corpus(6, num_documents=60, vocab=9)
+    best, totals = naive(documents, 2)
+    counts = TrigramCounts.build(documents, max_successors=2)
+    table = successor_table.build(counts, min_count=1, discount=0.0, num_successors=9)
+    for place, pair in enumerate(map(tuple, counts.pairs.tolist())):
+        kept = dict(best[pair])
+        missing = totals[pair] - sum(kept.values())
+        assert counts.left_out[place] == missing
+        after = {b: n for (a, b), n in totals.items() if a == pair[1]}
+        expected = {t: missing / totals[pair] * n / sum(after.values()) for t, n in after.items()} if after else {}
+        for token, count in kept.items():
+            expected[token] = expected.get(token, 0.0) + count / totals[pair]
+        found = successor_table.lookup(table, jnp.asarray([pair]))
+        row = dict(zip(found.tokens[0].tolist(), found.probabilities[0].tolist(), strict=True))
+        row.pop(NO_TOKEN, None)
+        assert row == pytest.approx({t: p for t, p in expected.items() if p >= successor_table.MIN_PROBABILITY}, abs=1e-5)
 
 
 def test_file_round_trip_and_bad_input(tmp_path):

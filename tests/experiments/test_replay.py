@@ -249,7 +249,7 @@ def test_a_run_writes_its_rows_and_tables(settings, tmp_path):
     assert (
         rows["hd", "qa"]["acceptance"]["model"]["accepted"][0] + rows["hd", "qa"]["acceptance"]["statistics"]["accepted"][0] > 0
     )
-    assert [d["name"] for d in summary["databases"]] == ["model", "model_text", "statistics"]
+    assert [d["name"] for d in summary["databases"]] == ["model", "model_text", "statistics", "trigrams"]
     assert summary["databases"][0]["tokens"] == 21  # an end token after each answer
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["flags"]["traces"] == "answers.jsonl"
