@@ -68,8 +68,8 @@ def test_the_successor_table_is_that_of_the_whole_corpus_if_nothing_was_left_out
         expected, found = successor_table.lookup(whole, suffix), successor_table.lookup(table, suffix)
         assert int(found.orders[0]) == 2 and int(found.counts[0]) == int(expected.counts[0])
         as_row = lambda answer: dict(zip(answer.tokens[0].tolist(), answer.probabilities[0].tolist(), strict=True))  # noqa: E731
-        # No tri-gram tells of the bigram that ends a document.
-        assert as_row(found) == pytest.approx(as_row(expected), abs=0.005)
+        # No tri-gram tells of a bigram before a separator or a document's end.
+        assert as_row(found) == pytest.approx(as_row(expected), abs=0.02)
 
 
 def test_what_was_left_out_of_a_pair_is_lent_by_its_second_token():
