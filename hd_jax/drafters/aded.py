@@ -56,6 +56,7 @@ def aded(
     depth: int | None = None,
     width: int = 16,
     iterations: int = 150,
+    wave: int = 1,
     c1: float = 32.0,
     c2: float = 8.0,
     unvisited_first: bool = True,
@@ -82,6 +83,7 @@ def aded(
       depth: of the search; by default that of DEPTHS.
       width: of best_first: nodes of a level that are expanded.
       iterations: of mcts.
+      wave: of mcts: visits that are made at once, a divisor of iterations; the paper's are made one by one.
       c1: of mcts, weight of exploration.
       c2: of mcts.
       unvisited_first: of mcts: children that were not visited go before all others.
@@ -98,10 +100,13 @@ def aded(
         raise ValueError(f"aded's search is {' or '.join(SEARCHES)}, not {search!r}")
     depth = DEPTHS[search] if depth is None else depth
     least = {"num_successors": (num_successors, 1), "num_recent": (num_recent, 3), "depth": (depth, 1), "width": (width, 1)}
-    least |= {"iterations": (iterations, 1), "num_paths": (num_paths, 1), "num_nodes": (num_nodes, 2), "seed": (seed, 0)}
+    least |= {"iterations": (iterations, 1), "wave": (wave, 1), "num_paths": (num_paths, 1)}
+    least |= {"num_nodes": (num_nodes, 2), "seed": (seed, 0)}
     for name, (value, bound) in least.items():
         if value < bound:
             raise ValueError(f"aded's {name} must be at least {bound}, not {value}")
+    if iterations % wave:
+        raise ValueError(f"aded's wave must divide its {iterations} iterations, not be {wave}")
     if max_pairs < 1 or max_pairs & (max_pairs - 1):
         raise ValueError(f"aded's max_pairs must be a power of two, not {max_pairs}")
     for name, value in {"remember": remember, "unvisited_first": unvisited_first}.items():
@@ -117,7 +122,7 @@ def aded(
             raise ValueError(f"aded's {name} must be at least 0 and finite, not {value}")
     databases = databases or Databases()
     table = databases.successors("trigrams", max_order=2, num_successors=num_successors, min_count=1, discount=float(discount))
-    puct = Puct(iterations, depth, float(c1), float(c2), bool(unvisited_first), num_paths)
+    puct = Puct(iterations, depth, float(c1), float(c2), bool(unvisited_first), num_paths, wave)
     init, draft, update, renew = _functions(
         adapt, search, num_successors, max_pairs, float(rate), float(gain), float(cap), num_recent, float(prompt_gain), puct,
         width, seed, num_nodes,

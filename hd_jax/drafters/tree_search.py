@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hd_jax import draft_tree
 from hd_jax.draft_tree import NO_TOKEN, ROOT_INDEX, DraftTree
@@ -43,6 +44,7 @@ class Puct(NamedTuple):
     c2: float = 8.0
     is_unvisited_first: bool = True  # else a child that was not visited has a mean value of 0
     num_paths: int = 24  # most visited, that are drafted
+    wave: int = 1  # W, visits that are made at once; divides iterations
 
 
 def best_first(rows_fn: RowsFn, pair: jax.Array, *, depth: int, width: int, num_nodes: int) -> DraftTree:
@@ -78,9 +80,13 @@ def best_first(rows_fn: RowsFn, pair: jax.Array, *, depth: int, width: int, num_
 def mcts(rows_fn: RowsFn, pair: jax.Array, noise: jax.Array, *, settings: Puct, num_nodes: int) -> DraftTree:
     """The paper's draft maker (section 3): the most visited paths, each extended by its likeliest next token.
 
-    A visit goes down from the root by `puct_scores` until it meets a child that was not visited, which becomes a node; from
+    A visit goes down from the root by `puct_choices` until it meets a child that was not visited, which becomes a node; from
     there a roll-out draws successors by their probabilities down to the same depth. Its value is 1 and the sum of the
     probabilities along the way, and is added to all nodes that it went through.
+
+    With waves, several visits go down and roll out as one vector, for the price of almost one: on an accelerator, where a
+    kernel's launch costs more than its work. What they find is known to the next wave; those that meet in a new node each
+    roll out from it.
 
     Args:
       rows_fn: gives the successors.
@@ -122,75 +128,96 @@ def run_puct(rows_fn: RowsFn, pair: jax.Array, noise: jax.Array, settings: Puct)
         rows=Rows(*(blank(row) for row in first)),
     )
 
-    def visit(index: jax.Array, search: Search) -> Search:
-        fresh = index + 1  # the place of the node that this visit may make
-        node, rank, is_new, is_at_end = jnp.int32(ROOT_INDEX), jnp.int32(0), jnp.bool_(False), jnp.bool_(False)
-        path, depth = [node], jnp.int32(0)
+    def wave(index: jax.Array, search: Search) -> Search:
+        walkers = index * settings.wave + jnp.arange(settings.wave)  # numbers of the visits
+        node, depth = jnp.zeros(settings.wave, jnp.int32), jnp.zeros(settings.wave, jnp.int32)
+        rank, is_new, is_at_end = node, jnp.zeros(settings.wave, bool), jnp.zeros(settings.wave, bool)
+        path = [node]
         for _ in range(settings.depth):
             is_open = ~is_new & ~is_at_end
-            scores = puct_scores(search, node, settings)
-            best = jnp.argmax(scores).astype(jnp.int32)
-            is_open, is_at_end = is_open & (scores[best] > -jnp.inf), is_at_end | (is_open & (scores[best] == -jnp.inf))
+            best, has_any = puct_choices(search, node, is_open, settings)
+            is_open, is_at_end = is_open & has_any, is_at_end | (is_open & ~has_any)
             rank = jnp.where(is_open, best, rank)
             child = search.children[node, best]
             is_new = is_new | (is_open & (child == NO_CHILD))
             node = jnp.where(is_open & (child != NO_CHILD), child, node)
             depth += is_open
-            path.append(jnp.where(is_open, jnp.where(is_new, fresh, node), size))  # out of range: dropped
-        # The new node, below the last one; without one, what is looked up here has no place.
+            path.append(jnp.where(is_open & ~is_new, node, size))  # out of range: dropped
+        # The new nodes, below the last ones; of several visits to one of them, the first makes it.
+        is_equal = (node[:, None] == node) & (rank[:, None] == rank) & is_new
+        fresh = jnp.where(is_new, walkers[jnp.argmax(is_equal, axis=1)] + 1, size).astype(jnp.int32)
+        path.append(fresh)
         token = search.rows.tokens[node, rank]
-        pair = jnp.where(is_new, jnp.stack([search.pairs[node, 1], token]), search.pairs[node])
+        pairs = jnp.where(is_new[:, None], jnp.stack([search.pairs[node, 1], token], axis=1), search.pairs[node])
         total = search.sums[node] + jnp.where(is_new, search.rows.probabilities[node, rank], 0.0)
-        rows = rows_fn(pair[None])
-        place = jnp.where(is_new, fresh, size)
-        put = lambda array, value: array.at[place].set(value, mode="drop")  # noqa: E731
+        rows = rows_fn(pairs)
+        put = lambda array, values: array.at[fresh].set(values, mode="drop")  # noqa: E731
         search = search._replace(
             parents=put(search.parents, node),
             tokens=put(search.tokens, token),
             sums=put(search.sums, total),
             children=search.children.at[jnp.where(is_new, node, size), rank].set(fresh, mode="drop"),
-            pairs=put(search.pairs, pair),
-            rows=Rows(*(put(old, new[0]) for old, new in zip(search.rows, rows, strict=True))),
+            pairs=put(search.pairs, pairs),
+            rows=Rows(*(put(old, new) for old, new in zip(search.rows, rows, strict=True))),
         )
         # The draw from depth d is in column d, so the first roll-out step of a deep node takes a later one.
         for step in range(1, settings.depth):
-            drawn = _drawn(rows.probabilities[0], noise[index, jnp.minimum(depth, settings.depth - 1)])
-            probability = rows.probabilities[0, drawn]
+            drawn = _drawn(rows.probabilities, noise[walkers, jnp.minimum(depth, settings.depth - 1)])[:, None]
+            probability = jnp.take_along_axis(rows.probabilities, drawn, axis=1)[:, 0]
             goes_on = (depth < settings.depth) & (probability > 0)
             total += jnp.where(goes_on, probability, 0.0)
             depth = jnp.where(goes_on, depth + 1, settings.depth)
             if step < settings.depth - 1:
-                pair = jnp.stack([pair[1], rows.tokens[0, drawn]])
-                rows = rows_fn(pair[None])
-        places = jnp.stack(path)
+                pairs = jnp.concatenate([pairs[:, 1:], jnp.take_along_axis(rows.tokens, drawn, axis=1)], axis=1)
+                rows = rows_fn(pairs)
+        places = jnp.concatenate(path)
+        added = jnp.tile(1 + total, len(path))
+        # Floats that a scatter adds up have no order on a GPU: so each place's sum is taken first, and set.
+        sums = jnp.sum(jnp.where(places[:, None] == places, added, 0.0), axis=1)
         return search._replace(
-            visits=search.visits.at[places].add(1, mode="drop"), values=search.values.at[places].add(1 + total, mode="drop")
+            visits=search.visits.at[places].add(1, mode="drop"),
+            values=search.values.at[places].set(search.values[places] + sums, mode="drop"),
         )
 
-    return jax.lax.fori_loop(0, settings.iterations, visit, search)
+    return jax.lax.fori_loop(0, settings.iterations // settings.wave, wave, search)
 
 
-def puct_scores(search: Search, node: jax.Array, settings: Puct) -> jax.Array:
-    """How much each child of a node is worth a visit, float32[k]; -inf where there is no successor.
+def puct_choices(search: Search, nodes: jax.Array, is_open: jax.Array, settings: Puct) -> tuple[jax.Array, jax.Array]:
+    """Which child each of the wave's visits goes to: ranks int32[W], and bool[W], whether the node has a successor.
 
-    Q / n + (c1 + ln((n_parent + c2 + 1) / c2)) * p * sqrt(n_parent) / (1 + n)
+    A child is worth  Q / n + (c1 + ln((n_parent + c2 + 1) / c2)) * p * sqrt(n_parent) / (1 + n).  Visits that stand at one
+    node choose one after the other, and each sees those before it in n, not in Q; in n_parent all of them but one are counted.
+    With t visits before it a child's worth falls, so the choices are the greatest of all (child, t) in descending order.
+
+    Args:
+      search: before the wave.
+      nodes: int32[W], where the visits are.
+      is_open: bool[W], whether they go on from there.
+      settings: static.
     """
-    children, probabilities = search.children[node], search.rows.probabilities[node]
-    is_visited = children != NO_CHILD
-    visits = jnp.where(is_visited, search.visits[children], 0)
-    mean = jnp.where(is_visited, search.values[children] / jnp.maximum(visits, 1), 0.0)
-    parent_visits = search.visits[node].astype(jnp.float32)
+    children, probabilities = search.children[nodes], search.rows.probabilities[nodes]  # [W, k]
+    is_here = (nodes[:, None] == nodes) & is_open
+    place_in_line = jnp.sum(is_here & np.tri(len(nodes), k=-1, dtype=bool), axis=1)
+    parent_visits = search.visits[nodes] + jnp.maximum(jnp.sum(is_here, axis=1) - 1, 0)
+    parent_visits = parent_visits.astype(jnp.float32)[:, None, None]
+    is_visited = (children != NO_CHILD)[:, :, None]
+    visits = jnp.where(is_visited, search.visits[children][:, :, None], 0)
+    mean = jnp.where(is_visited, search.values[children][:, :, None] / jnp.maximum(visits, 1), 0.0)
+    before = jnp.arange(settings.wave)  # t
     exploration = settings.c1 + jnp.log((parent_visits + settings.c2 + 1) / settings.c2)
-    scores = mean + exploration * probabilities * jnp.sqrt(parent_visits) / (1 + visits)
+    scores = mean + exploration * probabilities[:, :, None] * jnp.sqrt(parent_visits) / (1 + visits + before)
     if settings.is_unvisited_first:
-        scores = jnp.where(is_visited, scores, jnp.inf)  # argmax takes the first, the likeliest
-    return jnp.where(probabilities > 0, scores, -jnp.inf)
+        scores = jnp.where(is_visited | (before > 0), scores, jnp.inf)  # the first of equals is taken, the likeliest
+    scores = jnp.where(probabilities[:, :, None] > 0, scores, -jnp.inf).reshape(len(nodes), -1)
+    _, best = jax.lax.top_k(scores, settings.wave)
+    chosen = jnp.take_along_axis(best, place_in_line[:, None], axis=1)[:, 0]
+    return (chosen // settings.wave).astype(jnp.int32), probabilities[:, 0] > 0
 
 
 def _drawn(probabilities: jax.Array, uniform: jax.Array) -> jax.Array:
-    """A rank drawn by float32[k] probabilities, which need not add up to 1, with a number uniform in [0, 1)."""
-    below = jnp.cumsum(probabilities)
-    return jnp.minimum(jnp.sum(below <= uniform * below[-1]), probabilities.shape[0] - 1)
+    """Ranks int32[W] drawn by float32[W, k] probabilities, which need not add up to 1, with numbers uniform in [0, 1)."""
+    below = jnp.cumsum(probabilities, axis=1)
+    return jnp.minimum(jnp.sum(below <= (uniform * below[:, -1])[:, None], axis=1), probabilities.shape[1] - 1)
 
 
 def most_visited(root: jax.Array, search: Search, num_paths: int, num_nodes: int) -> DraftTree:

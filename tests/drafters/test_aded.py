@@ -280,6 +280,7 @@ def test_a_saved_session_drafts_as_if_it_had_not_been(lm, tmp_path, adapt):
         ({"depth": 0}, "depth must be at least 1, not 0"),
         ({"rate": 0.0}, "rate must be greater than 0 and at most 1, not 0"),
         ({"gain": float("inf")}, "gain must be positive and finite, not inf"),
+        ({"wave": 40}, "wave must divide its 150 iterations, not be 40"),
         ({"c1": -1.0}, "c1 must be at least 0 and finite, not -1"),
         ({"remember": "yes"}, "remember is true or false"),
         ({"discount": 1.0}, "discount must be at least 0 and less than 1, not 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -116,34 +117,48 @@ def _plain_search(matrix: Matrix, pair: tuple[int, int], noise: np.ndarray, sett
         newest = (*pair, *path)[-2:]
         return matrix.row((newest[0], newest[1]))
 
-    for uniform in noise:
-        node, trail = root, [root]
-        while len(node.path) < settings.depth and (row := row_of(node.path)):
-            scores = []
-            for rank, (_, p) in enumerate(row):
-                child = node.children.get(rank)
-                n, mean = (child.visits, child.value / child.visits) if child else (0, 0.0)
-                weight = settings.c1 + math.log((node.visits + settings.c2 + 1) / settings.c2)
-                score = mean + weight * p * math.sqrt(node.visits) / (1 + n)
-                scores.append(math.inf if settings.is_unvisited_first and not child else score)
-            rank = int(np.argmax(scores))
-            is_new = rank not in node.children
-            if is_new:
-                token, p = row[rank]
-                node.children[rank] = Node((*node.path, token), node.total + p)
-                found.append(node.children[rank])
-            node = node.children[rank]
-            trail.append(node)
-            if is_new:
-                break
-        path, total = node.path, node.total
-        while len(path) < settings.depth and (row := row_of(path)):
-            below = np.cumsum([p for _, p in row])
-            token, p = row[min(int(np.sum(below <= uniform[len(path)] * below[-1])), len(row) - 1)]
-            path, total = (*path, token), total + p
-        for each in trail:
-            each.visits += 1
-            each.value += 1 + total
+    def choice(node: Node, waiting: Counter[int], num_here: int) -> int:
+        scores = []
+        parent_visits = node.visits + num_here - 1
+        for rank, (_, p) in enumerate(row_of(node.path)):
+            child, before = node.children.get(rank), waiting[rank]
+            n, mean = (child.visits, child.value / child.visits) if child else (0, 0.0)
+            weight = settings.c1 + math.log((parent_visits + settings.c2 + 1) / settings.c2)
+            score = mean + weight * p * math.sqrt(parent_visits) / (1 + n + before)
+            scores.append(math.inf if settings.is_unvisited_first and not child and not before else score)
+        return int(np.argmax(scores))
+
+    for start in range(0, settings.iterations, settings.wave):
+        trails = [[root] for _ in range(settings.wave)]
+        fresh: dict[Path, tuple[int, int, Node, Node]] = {}  # who makes it, its rank, its parent, it
+        for depth in range(settings.depth):
+            here: dict[Path, list[int]] = {}
+            for walker, trail in enumerate(trails):
+                path = trail[-1].path
+                if len(path) == depth and path not in fresh and row_of(path):
+                    here.setdefault(path, []).append(walker)
+            for walkers in here.values():
+                node, waiting = trails[walkers[0]][-1], Counter[int]()
+                for walker in walkers:
+                    rank = choice(node, waiting, len(walkers))
+                    waiting[rank] += 1
+                    token, p = row_of(node.path)[rank]
+                    path = (*node.path, token)
+                    if rank not in node.children and path not in fresh:
+                        fresh[path] = (walker, rank, node, Node(path, node.total + p))
+                    trails[walker].append(node.children[rank] if rank in node.children else fresh[path][-1])
+        for _, rank, parent, node in sorted(fresh.values(), key=lambda entry: entry[0]):
+            parent.children[rank] = node
+            found.append(node)
+        for trail, uniform in zip(trails, noise[start : start + settings.wave], strict=True):
+            path, total = trail[-1].path, trail[-1].total
+            while len(path) < settings.depth and (row := row_of(path)):
+                below = np.cumsum([p for _, p in row])
+                token, p = row[min(int(np.sum(below <= uniform[len(path)] * below[-1])), len(row) - 1)]
+                path, total = (*path, token), total + p
+            for each in trail:
+                each.visits += 1
+                each.value += 1 + total
     return found
 
 
@@ -154,6 +169,8 @@ def _plain_search(matrix: Matrix, pair: tuple[int, int], noise: np.ndarray, sett
         Puct(iterations=60, depth=4, is_unvisited_first=False, num_paths=10),
         Puct(iterations=40, depth=3, c1=1.0, c2=20.0, is_unvisited_first=False, num_paths=40),
         Puct(iterations=30, depth=1, num_paths=4),
+        Puct(iterations=60, depth=4, num_paths=10, wave=10),
+        Puct(iterations=60, depth=3, c1=2.0, is_unvisited_first=False, num_paths=10, wave=6),
     ],
 )
 def test_the_monte_carlo_search_is_that_of_plain_python(settings):
