@@ -7,12 +7,13 @@ All search the same matrix, which is not adapted, for trees of --num_nodes:
 
     best_first  level by level, by the product of probabilities, in the device loop
     jax         the paper's Monte Carlo search, in the device loop
+    waves       the same with --wave visits at once
     mctx        the one of the library mctx, there too; needs the package
     numba       the paper's, compiled for the host; needs the package
 
-Monte Carlo searches run with the paper's code's constants and 24 paths, then with each c1 of --c1 and as many paths as there
-are nodes, which tells what exploration is worth when trees are of one size. `first` says that children which were not
-visited go before all others.
+Monte Carlo searches run with the paper's code's constants and 24 paths. Then `jax` runs with each c1 of --c1 and as many paths
+as there are nodes, which tells what exploration is worth when trees are of one size. `first` says that children which were
+not visited go before all others.
 
 A draft's time is that of one call with its result awaited, for the numba search its look-up on the host and the call that
 takes the result; the median over contexts of the answers. Tokens per step are those of `experiments.replay`.
@@ -20,6 +21,9 @@ takes the result; the median over contexts of the answers. Tokens per step are t
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -43,7 +47,7 @@ from hd_jax.drafters.tree_search import Puct
 from hd_jax.models import tokenizer as tokenizers
 
 LIBRARIES = {"mctx": "mctx_search", "numba": "numba_search"}  # variant: its module here
-VARIANTS = ("best_first", "jax", *LIBRARIES)
+VARIANTS = ("best_first", "jax", "waves", *LIBRARIES)
 NUM_TIMED = 200  # drafts
 
 
@@ -56,12 +60,17 @@ class Variant(NamedTuple):
 
 
 def variants(
-    databases: Databases, names: Sequence[str], c1_values: Sequence[float], iterations: Sequence[int], num_nodes: int
+    databases: Databases,
+    names: Sequence[str],
+    c1_values: Sequence[float],
+    iterations: Sequence[int],
+    wave: int,
+    num_nodes: int,
 ) -> list[Variant]:
     """What is compared.
 
     Raises:
-      ValueError: there is no such variant, or a package that one needs is missing.
+      ValueError: there is no such variant, a package that one needs is missing, or waves do not divide the visits.
     """
     unknown = sorted(set(names) - set(VARIANTS))
     if unknown:
@@ -78,7 +87,9 @@ def variants(
         if name == "best_first":
             continue
         make = _maker(name, databases, table, num_nodes)
-        wanted = paper + (sweep if name in ("jax", "numba") else [])
+        wanted = paper + sweep if name == "jax" else paper
+        if name == "waves":
+            wanted = [settings._replace(wave=wave) for settings in paper]
         if name == "mctx":  # by its design, a child that was not visited has a value and is no exception
             wanted = [settings for settings in paper if not settings.is_unvisited_first]
         found += [Variant(name, settings, make(settings)) for settings in wanted]
@@ -86,19 +97,18 @@ def variants(
 
 
 def _maker(name: str, databases: Databases, table: Any, num_nodes: int) -> Callable[[Puct], Drafter]:
-    if name == "jax":
+    if name not in LIBRARIES:
         return lambda settings: aded(
             databases,
             adapt="none",
             search="mcts",
             iterations=settings.iterations,
+            wave=settings.wave,
             c1=settings.c1,
             unvisited_first=settings.is_unvisited_first,
             num_paths=settings.num_paths,
             num_nodes=num_nodes,
         )
-    import importlib
-
     try:
         module = importlib.import_module(f"experiments.{LIBRARIES[name]}")
     except ImportError as error:
@@ -145,14 +155,15 @@ def measure(variant: Variant, texts: Sequence[Turn]) -> dict[str, Any]:
 
 def tables(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and body of the report's table."""
-    head = ["search", "visits", "c1", "first", "paths", "nodes/step", "tokens/step", "draft us"]
+    head = ["search", "visits", "at once", "c1", "first", "paths", "nodes/step", "tokens/step", "draft us"]
     body = []
     for row in rows:
         settings = row["settings"]
-        shown = ["", "", "", ""]
+        shown = [""] * 5
         if settings is not None:
             is_first = "yes" if settings["is_unvisited_first"] else "no"
-            shown = [str(settings["iterations"]), f"{settings['c1']:g}", is_first, str(settings["num_paths"])]
+            visits = [str(settings["iterations"]), str(settings["wave"])]
+            shown = [*visits, f"{settings['c1']:g}", is_first, str(settings["num_paths"])]
         figures = [f"{row['nodes_per_step']:.1f}", f"{row['tokens_per_step']:.3f}", f"{row['draft_us']:.0f}"]
         body.append([row["variant"], *shown, *figures])
     return head, body
@@ -172,6 +183,7 @@ def define_flags() -> None:
     flags.DEFINE_list("variants", list(VARIANTS), "What to compare.")
     flags.DEFINE_list("c1", ["0", "1.814", "8", "32", "128"], "Weights of exploration to sweep.")
     flags.DEFINE_list("iterations", ["150"], "Visits of the Monte Carlo searches.")
+    flags.DEFINE_integer("wave", 25, "Visits at once of the variant waves.", lower_bound=1)
     flags.DEFINE_integer("num_nodes", 64, "Size of the trees, the root included.", lower_bound=2)
     flags.DEFINE_string("output_dir", None, "Folder for draft_search.json and .md; by default nothing is written.")
 
@@ -185,7 +197,15 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--c1 and --iterations are comma lists of numbers, as in --c1=0,32 --iterations=150") from None
     if not iterations or min(iterations) < 1 or min(c1_values, default=0.0) < 0:
         raise ValueError("--iterations needs numbers of at least 1, and --c1 numbers of at least 0")
-    variants(replay_databases.placeholder(False, True), values.variants, c1_values, iterations, values.num_nodes)
+    make = functools.partial(
+        variants,
+        names=values.variants,
+        c1_values=c1_values,
+        iterations=iterations,
+        wave=values.wave,
+        num_nodes=values.num_nodes,
+    )
+    make(replay_databases.placeholder(False, True))
     tokenizer = tokenizers.load(values.tokenizer, template=values.template)
     asked = questions.read(values.questions)
     chosen = questions.select(asked, questions.TASKS, values.limit)
@@ -193,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
     cache = pathlib.Path(values.cache_dir or replay.CACHE / "replay")
     databases, _ = replay_databases.from_corpora(None, values.statistics_corpus, None, tokenizer, cache)
     rows = []
-    for variant in variants(databases, values.variants, c1_values, iterations, values.num_nodes):
+    for variant in make(databases):
         rows.append(measure(variant, texts))
         print(" ".join(tables(rows[-1:])[1][0]), flush=True)
     head, body = tables(rows)
@@ -203,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
             "questions": pathlib.Path(values.questions).name,
             "tokenizer": pathlib.Path(values.tokenizer).name,
             "statistics_corpus": pathlib.Path(values.statistics_corpus).name,
-            **{name: values[name].value for name in ("template", "limit", "variants", "c1", "iterations", "num_nodes")},
+            **{name: values[name].value for name in ("template", "limit", "variants", "c1", "iterations", "wave", "num_nodes")},
         },
         "num_turns": len(texts),
         "num_tokens": sum(len(text.answer) for text in texts),
@@ -211,6 +231,7 @@ def main(argv: Sequence[str]) -> None:
         "num_cpus": os.cpu_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in LIBRARIES if name in values.variants},
     }
     title = f"{facts['num_tokens']} tokens of {facts['flags']['traces']}, {facts['device']}, {facts['num_cpus']} cores"
     print(f"{title}\n{report.aligned(head, body)}")

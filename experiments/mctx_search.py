@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mctx
+import mctx  # pyright: ignore[reportMissingImports]
 
 from hd_jax.databases.successor_table import SuccessorTable, lookup
 from hd_jax.draft_tree import NO_TOKEN, DraftTree
 from hd_jax.drafters.base import Context, Drafter
 from hd_jax.drafters.tree_search import Puct, Rows, Search, most_visited
 
+_mctx: Any = mctx  # its structures are made by chex, whose fields type checkers do not see
 NO_PRIOR = -1e9  # logit of a rank without a successor
 
 
@@ -31,15 +32,15 @@ def _draft(settings: Puct, num_nodes: int):
         pair = jnp.concatenate([pair[:, 1:], token], axis=1)
         rows = _rows(table, pair)
         one = jnp.ones_like(reward)
-        out = mctx.RecurrentFnOutput(reward=reward, discount=one, prior_logits=_logits(rows), value=0 * one)
+        out = _mctx.RecurrentFnOutput(reward=reward, discount=one, prior_logits=_logits(rows), value=0 * one)
         return out, (pair, rows)
 
     def draft(table: SuccessorTable, state: Any, context: Context) -> DraftTree:
         del state
         pair = jnp.stack([jnp.where(context.length > 1, context.tokens[context.length - 2], NO_TOKEN), context.root])[None]
         rows = _rows(table, pair)
-        root = mctx.RootFnOutput(prior_logits=_logits(rows), value=jnp.zeros(1), embedding=(pair, rows))
-        found = mctx.muzero_policy(
+        root = _mctx.RootFnOutput(prior_logits=_logits(rows), value=jnp.zeros(1), embedding=(pair, rows))
+        found = _mctx.muzero_policy(
             table,
             jax.random.fold_in(jax.random.key(0), context.length),
             root,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numba
+import numba  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from hd_jax import draft_tree
@@ -146,11 +146,12 @@ def drafter(table: SuccessorTable, settings: Puct, num_nodes: int) -> Drafter:
         np.asarray(array)
         for array in (table.bucket_starts, table.fingerprints, table.entry_starts, table.tokens, table.probabilities)
     ]
+    search: Any = _search
 
     def refresh(context: Context) -> _Found:
         length = int(context.length)
         noise = np.random.default_rng(length).random((settings.iterations, settings.depth))
-        tokens, parents = _search(
+        tokens, parents = search(
             *arrays,
             table.num_successors,
             int(context.tokens[length - 2]) if length > 1 else NO_TOKEN,

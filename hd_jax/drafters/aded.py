@@ -46,6 +46,7 @@ def aded(
     search: str = "best_first",
     num_successors: int = 12,
     discount: float = 0.75,
+    min_count: int = 1,
     max_pairs: int = 1 << 15,
     remember: bool = True,
     rate: float = 0.5,
@@ -73,6 +74,7 @@ def aded(
       num_successors: k, of a pair that are kept.
       discount: of the corpus' counts, lent to the successors of the pair's second token; 0 for relative frequencies, as in
         the paper.
+      min_count: a pair of the corpus is kept if it occurs so often.
       max_pairs: H, buckets for adapted rows, a power of two.
       remember: whether a session keeps them from request to request.
       rate: of from_logits.
@@ -121,7 +123,9 @@ def aded(
         if not 0 <= value < float("inf"):
             raise ValueError(f"aded's {name} must be at least 0 and finite, not {value}")
     databases = databases or Databases()
-    table = databases.successors("trigrams", max_order=2, num_successors=num_successors, min_count=1, discount=float(discount))
+    table = databases.successors(
+        "trigrams", max_order=2, num_successors=num_successors, min_count=min_count, discount=float(discount)
+    )
     puct = Puct(iterations, depth, float(c1), float(c2), bool(unvisited_first), num_paths, wave)
     init, draft, update, renew = _functions(
         adapt, search, num_successors, max_pairs, float(rate), float(gain), float(cap), num_recent, float(prompt_gain), puct,
