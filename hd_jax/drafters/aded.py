@@ -12,8 +12,9 @@ adapted is copied into an overlay of fixed size (pair_overlay.py), which a sessi
 Weights of a row that add up to more than 1, as from_text's may, are divided by their sum where a probability is needed. Of a
 pair that the corpus does not know, the successors of its second token are taken, which the same tri-grams tell.
 
-Two things are ours: the default search is the limit of the paper's without exploration, which drafts better and in a few
-kernels; and from_text may read the prompt as well (`prompt_gain`).
+Two things are ours. The default search is the limit of the paper's without exploration: it drafts better, and in a few kernels.
+And the prompt is read as well, its tri-grams gaining `prompt_gain` when a request starts; prompt_gain=0 and search="mcts" are
+the paper's ways.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ def aded(
     search: str = "best_first",
     num_successors: int = 12,
     discount: float = 0.75,
-    min_count: int = 1,
+    min_count: int = 2,
     max_pairs: int = 1 << 15,
     remember: bool = True,
     rate: float = 0.5,
     gain: float = 0.04,
     cap: float = 3.0,
     num_recent: int = 16,
-    prompt_gain: float = 0.0,
+    prompt_gain: float = 1.0,
     depth: int | None = None,
     width: int = 16,
     iterations: int = 150,
@@ -79,9 +80,9 @@ def aded(
       remember: whether a session keeps them from request to request.
       rate: of from_logits.
       gain: of from_text, for each occurrence of a tri-gram.
-      cap: of from_text, on the weight of a tri-gram.
+      cap: of what text adds to, on the weight of a tri-gram.
       num_recent: of from_text, newest tokens whose tri-grams gain.
-      prompt_gain: of from_text, what each tri-gram of the prompt gains when a request starts; 0 to leave the prompt out.
+      prompt_gain: what each tri-gram of the prompt gains when a request starts; 0 to leave the prompt out, as in the paper.
       depth: of the search; by default that of DEPTHS.
       width: of best_first: nodes of a level that are expanded.
       iterations: of mcts.
@@ -162,7 +163,7 @@ def _functions(
     num_nodes: int,
 ):
     def renew(table: SuccessorTable, overlay: PairOverlay, context: Context) -> PairOverlay:
-        if adapt == "from_text" and prompt_gain > 0:
+        if adapt != "none" and prompt_gain > 0:
             return read_prompt(table, overlay, context, prompt_gain, cap)
         return overlay
 
@@ -214,7 +215,7 @@ def learn_logits(table: SuccessorTable, overlay: PairOverlay, context: Context, 
     before = jnp.where(slot >= 0, context.tokens[jnp.maximum(slot, 0)], NO_TOKEN)
     above = jnp.where(jnp.arange(tree.tokens.shape[0]) == ROOT_INDEX, before, tree.tokens[jnp.maximum(tree.parents, 0)])
     pairs = jnp.stack([above, tree.tokens], axis=1)
-    tokens, found, _ = weights(table, overlay, pairs)
+    tokens, found, _ = successors(table, overlay, pairs)
     drawn = jax.nn.softmax(feedback.top_logits, axis=-1)
     tokens, found = pair_overlay.merge(
         jnp.concatenate([feedback.top_tokens, tokens], axis=1),

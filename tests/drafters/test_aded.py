@@ -67,7 +67,7 @@ def _heaviest(row: dict[int, float], num_successors: int) -> dict[int, float]:
 
 def test_without_adaptation_the_rows_are_the_corpus(databases):
     """Discounted frequencies of a known pair; of an unknown one, those of its second token."""
-    drafter = aded(databases, adapt="none", discount=0.0, num_successors=4)
+    drafter = aded(databases, adapt="none", discount=0.0, num_successors=4, min_count=1)
     state = drafter.init(drafter.tables, _context([1, 2]))
     counts = databases.trigrams
     for place in range(0, len(counts.pairs), 7):
