@@ -313,7 +313,7 @@ def test_budgets_and_memory_make_parts(settings, monkeypatch):
     [
         (
             {"methods": ("pld", "hdd")},
-            "there is no drafter 'hdd'; known: none, pld, lookahead, rest, recycling, suffix, hd, hd_tree",
+            "there is no drafter 'hdd'; known: none, pld, lookahead, rest, recycling, suffix, aded, hd, hd_tree",
         ),
         ({"methods": ("pld", "pld")}, "names pld twice"),
         ({"methods": ("hd:window=3",)}, "a window's nodes need the model's logits; replay it with window=0"),
