@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import matplotlib.figure
 
 from experiments import questions
@@ -20,6 +21,8 @@ from experiments.answers import Answer
 
 OVERALL = "overall"
 LOOP_NGRAM = 8
+WARM = "-warm"  # ends the label of a method that remembers earlier requests
+NUM_PARTS = 4  # of a run, to see whether drafts get better as it goes on
 TERMINAL_WIDTH = 100
 
 
@@ -55,6 +58,25 @@ def summarize(answers: Mapping[str, Sequence[Answer]], plain: str = "none") -> l
             chosen = _of_task(rows, task)
             if chosen:
                 out.append({"method": method, "task": task, **_rates(chosen, _of_task(answers[plain], task))})
+    return out
+
+
+def growth(answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
+    """Tokens per step as a run goes on: for each method rows of method, part (from 1) and tokens_per_step.
+
+    The parts are NUM_PARTS stretches of the questions of each task, in their order; so each part holds all tasks alike.
+    """
+    out = []
+    for method, rows in answers.items():
+        parts: list[list[Answer]] = [[] for _ in range(NUM_PARTS)]
+        for task in questions.TASKS:
+            of_task = _of_task(rows, task)
+            for place, answer in enumerate(of_task):
+                parts[place * NUM_PARTS // len(of_task)].append(answer)
+        for number, part in enumerate(parts, 1):
+            if part:
+                rate = _sum(part, "new_tokens") / _sum(part, "decoding_steps")
+                out.append({"method": method, "part": number, "tokens_per_step": rate})
     return out
 
 
@@ -140,10 +162,16 @@ def write(
     """
     rows = summarize(answers)
     loops = loop_share(answers["none"])
-    summary = {"results": rows, "skipped": list(skipped), "loop_share": loops}
+    grown = growth(answers)
+    summary = {"results": rows, "growth": grown, "skipped": list(skipped), "loop_share": loops}
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    plots = (_plot_by_task(rows, "speedup"), _plot_by_task(rows, "tokens_per_step"), _plot_acceptance(rows))
-    for name, figure in zip(("speedup", "tokens_per_step", "acceptance"), plots, strict=True):
+    plots = {
+        "speedup": _plot_by_task(rows, "speedup"),
+        "tokens_per_step": _plot_by_task(rows, "tokens_per_step"),
+        "growth": _plot_growth(grown),
+        "acceptance": _plot_acceptance(rows),
+    }
+    for name, figure in plots.items():
         temporary = folder / f".{name}.png"
         figure.savefig(temporary, dpi=120, format="png")
         os.replace(temporary, folder / f"{name}.png")
@@ -157,9 +185,19 @@ def write(
     lines = [f"# {title}", *(f"- {note}" for note in notes)]
     for caption, note, head, body in tables:
         lines += [f"\n## {caption}\n\n{note}\n", markdown(head, body)]
-    lines += ["\n## Acceptance by source, overall\n", "Nodes accepted over nodes proposed, by depth in the tree.\n"]
-    lines += [markdown(*_acceptance_grid(rows))]
-    lines += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in ("speedup", "tokens_per_step", "acceptance"))]
+    for caption, note, grid in (
+        ("Nodes a step", "draft nodes verified, mean over steps", _grid(rows, "nodes_per_step")),
+        (
+            "Draft time",
+            "microseconds of drafting alone for one step, mean over the answers where it was measured",
+            _grid(rows, "draft_us"),
+        ),
+        ("Growth", f"tokens per step in the {NUM_PARTS} parts of each task's questions, in their order", _growth_grid(grown)),
+        ("Acceptance by source and task", "nodes accepted over nodes proposed", _task_acceptance_grid(rows)),
+        ("Acceptance by source and depth", "nodes accepted over nodes proposed, overall", _acceptance_grid(rows)),
+    ):
+        lines += [f"\n## {caption}\n\n{note}\n", markdown(*grid)]
+    lines += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in plots)]
     write_file(folder / "report.md", "\n".join(lines) + "\n")
     text = [f"{caption} ({note})\n{aligned(head, body)}\n" for caption, note, head, body in tables]
     return "\n".join([*text, *(textwrap.fill(note, TERMINAL_WIDTH) for note in notes)])
@@ -196,7 +234,9 @@ def _grid(rows: Sequence[dict], kind: str) -> tuple[list[str], list[list[str]]]:
     by_key = {(row["method"], row["task"]): row for row in rows}
     if kind != "cost":
         tasks = list(dict.fromkeys(row["task"] for row in rows))
-        return ["method", *tasks], [[m, *(f"{by_key[m, task][kind]:.2f}" for task in tasks)] for m in methods]
+        form = {"nodes_per_step": ".1f", "draft_us": ".0f"}.get(kind, ".2f")
+        show = lambda value: "-" if value is None else format(value, form)  # noqa: E731
+        return ["method", *tasks], [[m, *(show(by_key[m, task][kind]) for task in tasks)] for m in methods]
     body = []
     for method in methods:
         cells = [method]
@@ -206,6 +246,23 @@ def _grid(rows: Sequence[dict], kind: str) -> tuple[list[str], list[list[str]]]:
             cells.append("-" if value is None else form.format(scaled))
         body.append(cells)
     return ["method", *_COST_COLUMNS], body
+
+
+def _growth_grid(grown: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    methods, parts = (list(dict.fromkeys(row[key] for row in grown)) for key in ("method", "part"))
+    by_key = {(row["method"], row["part"]): f"{row['tokens_per_step']:.2f}" for row in grown}
+    return ["method", *(f"part {part}" for part in parts)], [[m, *(by_key[m, part] for part in parts)] for m in methods]
+
+
+def _task_acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    shares: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        for source, counts in row["acceptance"].items():
+            accepted, proposed = (sum(counts[kind]) for kind in ("accepted", "proposed"))
+            if proposed:
+                shares.setdefault((row["method"], source), {})[row["task"]] = f"{accepted}/{proposed}"
+    return ["method", "source", *tasks], [[*key, *(found.get(task, "") for task in tasks)] for key, found in shares.items()]
 
 
 def _acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -237,33 +294,62 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def _plot_by_task(rows: Sequence[dict], key: str) -> matplotlib.figure.Figure:
     head, body = _grid(rows, key)
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(max(9, len(body)), 4.5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(body)
+    colors = _colors(rows)
     for index, (method, *values) in enumerate(body):
         places = [place + (index - (len(body) - 1) / 2) * width for place in range(len(values))]
-        axes.bar(places, [float(value) for value in values], width, label=method)
+        hatch = "///" if method.endswith(WARM) else None
+        axes.bar(places, [float(value) for value in values], width, label=method, color=colors[method], hatch=hatch)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(head) - 1), head[1:])
     axes.set_ylabel("speedup over plain decoding" if key == "speedup" else "tokens per decoding step")
-    axes.legend(fontsize="small", ncols=min(len(body), 5), loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    figure.legend(fontsize="small", ncols=5, loc="outside upper center")
+    return figure
+
+
+def _colors(rows: Sequence[dict]) -> dict[str, Any]:
+    """A color for each method, the same for a warm one and its cold one."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    names = list(dict.fromkeys(method.removesuffix(WARM) for method in methods))
+    palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
+    return {method: palette(names.index(method.removesuffix(WARM)) % palette.N) for method in methods}
+
+
+def _plot_growth(grown: Sequence[dict]) -> matplotlib.figure.Figure:
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for method, color in _colors(grown).items():
+        drawn = [(row["part"], row["tokens_per_step"]) for row in grown if row["method"] == method]
+        style = "-" if method.endswith(WARM) else "--"
+        axes.plot(*zip(*drawn, strict=True), style, marker="o", label=method, color=color)
+    axes.set_xticks(sorted({row["part"] for row in grown}))
+    axes.set_xlabel("part of each task's questions")
+    axes.set_ylabel("tokens per decoding step")
+    figure.legend(fontsize="small", ncols=5, loc="outside upper center")
     return figure
 
 
 def _plot_acceptance(rows: Sequence[dict]) -> matplotlib.figure.Figure:
     overall = [row for row in rows if row["task"] == OVERALL and any(any(c["proposed"]) for c in row["acceptance"].values())]
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
-    panels = figure.subplots(1, max(len(overall), 1), sharey=True, squeeze=False)[0]
-    for axes, row in zip(panels, overall, strict=False):
+    columns = min(max(len(overall), 1), 4)
+    num_rows = max(-(-len(overall) // columns), 1)
+    figure = matplotlib.figure.Figure(figsize=(max(9, 3 * columns), 3.5 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, columns, sharey=True, squeeze=False)
+    for axes, row in zip(grid.flat, overall, strict=False):
         for source, counts in row["acceptance"].items():
             drawn = [(d, a / p) for d, (a, p) in enumerate(zip(counts["accepted"], counts["proposed"], strict=True), 1) if p]
             if drawn:
                 axes.plot(*zip(*drawn, strict=True), marker="o", label=source)
         axes.set_title(row["method"], fontsize="small")
         axes.set_xlabel("depth")
-        axes.legend(fontsize="small")
-    panels[0].set_ylabel("nodes accepted / proposed")
-    panels[0].set_ylim(0, 1)
+        axes.legend(fontsize="x-small")
+    for axes in grid.flat[len(overall) :]:
+        axes.set_axis_off()
+    grid[0, 0].set_ylim(0, 1)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("nodes accepted / proposed")
     return figure
 
 

@@ -36,6 +36,7 @@ class RunConfig:
     seed: int
     batch_size: int
     exact: bool
+    warm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

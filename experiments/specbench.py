@@ -5,11 +5,13 @@ r"""The main job: drafting methods side by side on Spec-Bench's tasks, every tok
 
 Questions are the outer loop and methods the inner one, so that a machine that other work slows down for a while slows
 all methods alike. A method's turn 2 goes on from plain decoding's answer to turn 1. Every request starts with a fresh
-drafter: neither the warm-up nor an earlier question leaks into it.
+drafter: neither the warm-up nor an earlier question leaks into it. With --warm, a method that can remember earlier requests
+(that has an option `remember`) runs a second time, as `<method>-warm`, in a session that lasts from the first question to the
+last.
 
 A run's folder holds, for each method, `<method>.jsonl` in Spec-Bench's answer format (its evaluation/speed.py reads it;
 the field "hd_jax" is ours), and config.json, summary.json, report.md and plots. Answers are appended as they come, so a
-run that was stopped goes on with --resume=FOLDER.
+run that was stopped goes on with --resume=FOLDER; a warm method is asked the answered questions again, to know what it knew.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Library:
     generate: Callable[..., Any]
     num_slots: Callable[[int], int]
     measure_draft_us: Callable[..., float]
+    session: Callable[..., Any]
     check: Callable[..., Any]
 
     @classmethod
@@ -67,6 +70,7 @@ class Library:
             generate=decode.generate,
             num_slots=runner.num_slots,
             measure_draft_us=decode.measure_draft_us,
+            session=decode.Session,
             check=exactness.check,
         )
 
@@ -86,15 +90,20 @@ class Bench:
                 )
         self.library, self.config = library, config
         self.lm = library.load(config.model, dtype=config.dtype)
-        self.drafters = {}
+        self.drafters: dict[str, Any] = {}
+        self.sessions: dict[str, Any] = {}  # of warm methods
         for method in methods:
-            options = dict(method.options)
-            if config.num_nodes is not None and "num_nodes" in inspect.signature(library.makers[method.drafter]).parameters:
+            options, known = dict(method.options), inspect.signature(library.makers[method.drafter]).parameters
+            if config.num_nodes is not None and "num_nodes" in known:
                 options.setdefault("num_nodes", config.num_nodes)
             try:
-                self.drafters[method.label] = library.make_drafter(self.lm, method.drafter, **options)
+                drafter = library.make_drafter(self.lm, method.drafter, **options)
             except ValueError as error:
                 raise ValueError(f"method {method.label}: {error}") from error
+            self.drafters[method.label] = drafter
+            if config.warm and "remember" in known and options.get("remember", known["remember"].default):
+                self.drafters[method.label + report.WARM] = drafter
+                self.sessions[method.label + report.WARM] = library.session(self.lm, drafter=drafter)
 
         self._warm: set[tuple[str, int, int]] = set()  # method, rows and cache slots that ran before
 
@@ -104,7 +113,17 @@ class Bench:
     def generate(self, label: str, prompts: list[list[dict[str, str]]], seeds: list[int]) -> list[Any]:
         """A Result for each prompt."""
         self.warm_up(label, len(prompts), max(map(self.num_prompt_tokens, prompts)))
+        if label in self.sessions:
+            return [self._go_on(self.sessions[label], *prompts, *seeds)]
         return self._generate(label, prompts, seeds, self.config.max_new_tokens)
+
+    def _go_on(self, session: Any, messages: list[dict[str, str]], seed: int) -> Any:
+        """A Result of a session that keeps what its drafter learned, but no cache: its prefill is that of other methods."""
+        session.reset()
+        session.messages = messages[:-1]
+        config = self.config
+        options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "exact": config.exact}
+        return session.generate(messages[-1]["content"], seed=seed, **options)
 
     def warm_up(self, label: str, num_rows: int, num_prompt_tokens: int) -> None:
         """Runs a method once for a batch of this size, if it did not run yet, on a text that is no question.
@@ -193,6 +212,8 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
     """
     methods = [run_config.parse_method(text) for text in config.methods]
     chosen = questions.select(questions.read(config.questions or questions.EMBEDDED), config.tasks, config.limit)
+    if config.warm and config.batch_size > 1:
+        raise ValueError(f"a session answers one question at a time: --warm needs --batch_size=1, not {config.batch_size}")
     with _claimed(folder):
         bench = Bench(library, config, methods)
         chosen, skipped = _split_by_length(bench, chosen)
@@ -201,7 +222,7 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
         paths = {label: folder / f"{label}.jsonl" for label in bench.drafters}
         stored = {label: answers.read(path, chosen) for label, path in paths.items()}
         batches = _batches(chosen, config.batch_size)
-        num_done, num_all = sum(map(len, stored.values())), len(chosen) * len(methods)
+        num_done, num_all = sum(map(len, stored.values())), len(chosen) * len(paths)
         if num_done < num_all:  # Whatever a method cannot do shows here, before anything is written.
             for label in paths:
                 bench.warm_up(label, len(batches[0]), 1)
@@ -212,7 +233,7 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
             rows = slice(start, start + len(batch))
             for label, path in paths.items():
                 num_stored = len(stored[label][rows])
-                if num_stored < len(batch):
+                if num_stored < len(batch) or (label in bench.sessions and len(stored[label]) < len(chosen)):
                     progress.set_postfix_str(f"{batch[0].task}, {label}")
                     plain = [] if label == PLAIN else stored[PLAIN][rows]
                     is_timed = label != PLAIN and batch[0].task not in timed_tasks
@@ -307,6 +328,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters, activations and cache; by default the model's.")
     flags.DEFINE_integer("seed", 0, "Keys the noise of sampling, with the question's place in its file.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "Questions decoded together.", lower_bound=1)
+    flags.DEFINE_bool("warm", False, "Also run methods that can remember earlier requests in a session of all questions.")
     flags.DEFINE_bool("exact", False, "Exact mode: slower, and no difference is explained.")
     flags.DEFINE_string("resume", None, "Folder of a run to go on with, by its own config.")
     flags.DEFINE_string("output_dir", None, "Folder for the results; by default results/<date-time>.")

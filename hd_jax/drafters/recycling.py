@@ -70,7 +70,7 @@ def template(num_nodes: int, num_successors: int, max_depth: int) -> Template:
 
 @functools.lru_cache
 def recycling(
-    *, vocab_size: int, num_successors: int = 8, max_depth: int = 6, keep: bool = True, num_nodes: int = 81
+    *, vocab_size: int, num_successors: int = 8, max_depth: int = 6, remember: bool = True, num_nodes: int = 81
 ) -> Drafter:
     """Token Recycling, with the paper's sizes as defaults.
 
@@ -78,7 +78,7 @@ def recycling(
       vocab_size: V, of the model's logits; `decode.make_drafter` gives it.
       num_successors: k, that are kept of a token.
       max_depth: of the deepest node.
-      keep: whether a session keeps the matrix from request to request, as in the paper, or each one begins with an empty one.
+      remember: whether a session keeps the matrix from request to request, as in the paper; else each begins with an empty one.
       num_nodes: N, the root included; more than there are paths of ranks are not used.
 
     Raises:
@@ -91,8 +91,8 @@ def recycling(
     most = min(len(PROBABILITIES), vocab_size)
     if not 1 <= num_successors <= most:
         raise ValueError(f"recycling's num_successors must be from 1 to {most}, not {num_successors}")
-    if keep not in (True, False):
-        raise ValueError(f"recycling's keep is true or false (1 or 0), not {keep!r}")
+    if remember not in (True, False):
+        raise ValueError(f"recycling's remember is true or false (1 or 0), not {remember!r}")
     shape = template(num_nodes, num_successors, max_depth)
 
     def init(tables, context: Context) -> jax.Array:
@@ -119,7 +119,7 @@ def recycling(
         draft=draft,
         init=init,
         update=update,
-        renew=renew if keep else None,
+        renew=renew if remember else None,
         num_top_logits=num_successors,
     )
 

@@ -156,15 +156,15 @@ def test_a_model_with_its_successors_in_the_matrix_is_drafted_rightly(lm):
     assert out.source_counts["recycled"]["proposed"][0] > out.source_counts["recycled"]["accepted"][0] > 0
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_session_keeps_the_matrix_if_asked_to(lm, keep):
-    session = decode.Session(lm, drafter=decode.make_drafter(lm, "recycling", num_nodes=9, keep=keep))
+@pytest.mark.parametrize("remember", [True, False])
+def test_a_session_keeps_the_matrix_if_asked_to(lm, remember):
+    session = decode.Session(lm, drafter=decode.make_drafter(lm, "recycling", num_nodes=9, remember=remember))
     cold = session.generate("hello", max_new_tokens=40)
     session.reset()
     warm = session.generate("hello", max_new_tokens=40)
     assert warm.tokens == cold.tokens
-    assert (warm.accept_lengths == cold.accept_lengths) == (not keep)
-    assert warm.num_steps < cold.num_steps or not keep
+    assert (warm.accept_lengths == cold.accept_lengths) == (not remember)
+    assert warm.num_steps < cold.num_steps or not remember
     session.reset(keep_databases=False)
     assert session.generate("hello", max_new_tokens=40).accept_lengths == cold.accept_lengths
 
@@ -204,7 +204,7 @@ def test_makers_are_given_the_size_of_the_vocabulary():
         ({"vocab_size": 5}, "num_successors must be from 1 to 5, not 8"),
         ({"max_depth": 0}, "max_depth must be at least 1, not 0"),
         ({"num_nodes": 1}, "num_nodes must be at least 2, not 1"),
-        ({"keep": "False"}, "keep is true or false"),
+        ({"remember": "False"}, "remember is true or false"),
     ],
 )
 def test_bad_options_are_named(options, message):

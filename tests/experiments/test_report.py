@@ -97,11 +97,20 @@ def test_loop_share_counts_answers_that_repeat_an_8_gram():
     assert report.loop_share(answers) == 0.5
 
 
+def test_growth_is_over_parts_of_each_tasks_questions():
+    rates = {"qa": (1, 2, 3, 4, 5), "rag": (2, 4)}
+    answers = [_answer(i, task, [_turn(12 * rate, 12, 1)]) for task, all_of in rates.items() for i, rate in enumerate(all_of)]
+    found = report.growth({"a": answers})
+    # Of qa, questions 0 and 1, 2, 3, 4 are the parts; of rag, the first question is in part 1 and the second in part 3.
+    assert [row["part"] for row in found] == [1, 2, 3, 4]
+    assert [row["tokens_per_step"] for row in found] == pytest.approx([5 / 3, 3, 4, 5])
+
+
 def test_write_leaves_the_named_files_and_fits_a_terminal(tmp_path):
     methods = {"none": PLAIN, "hd": HD, "hd-window=0-order=cms-num_drafts=12": HD}
     text = report.write(tmp_path, "A run", methods, ["question q9 (3000 of 2048 tokens)"], ["a fact"])
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["acceptance.png", "report.md", "speedup.png", "summary.json", "tokens_per_step.png"]
+    assert names == ["acceptance.png", "growth.png", "report.md", "speedup.png", "summary.json", "tokens_per_step.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["results"] == report.summarize(methods)

@@ -42,6 +42,9 @@ class FakeModel:
             return None  # nothing is asked of a warm-up's answers
         return results if is_batch else results[0]
 
+    def session(self, lm, *, drafter):
+        return FakeSession(self, drafter)
+
     def _result(self, messages, drafter, max_new_tokens):
         text = f"{messages[-1]['content']}#{len(messages)}"[:max_new_tokens]
         if drafter.name in self.wrong and len(messages) > 1:
@@ -72,7 +75,7 @@ class FakeModel:
         def plain():
             return types.SimpleNamespace(name="none", size=1)
 
-        def pairs(num_nodes=2, letter=""):
+        def pairs(num_nodes=2, letter="", remember=0):
             if num_nodes > 9:
                 raise ValueError(f"num_nodes {num_nodes} is too large")
             return types.SimpleNamespace(name=f"pairs{letter}", size=num_nodes)
@@ -81,8 +84,27 @@ class FakeModel:
         make = lambda lm, name, **options: makers[name](**options)  # noqa: E731
         draft_us = lambda lm, drafter, tokens: 3.0  # noqa: E731
         return specbench.Library(
-            lambda name, dtype: self, makers, make, self.generate, lambda n: -(-n // 64), draft_us, self.check
+            lambda name, dtype: self, makers, make, self.generate, lambda n: -(-n // 64), draft_us, self.session, self.check
         )
+
+
+@dataclasses.dataclass
+class FakeSession:
+    """Accepts one token more a step with every request that went before."""
+
+    model: FakeModel
+    drafter: types.SimpleNamespace
+    messages: list = dataclasses.field(default_factory=list)
+    num_requests: int = 0
+
+    def reset(self):
+        self.messages = []
+
+    def generate(self, message, *, seed, **options):
+        drafter = types.SimpleNamespace(name=f"{self.drafter.name} in a session", size=self.drafter.size + self.num_requests)
+        self.num_requests += 1
+        messages = [*self.messages, {"role": "user", "content": message}]
+        return self.model.generate(self.model, messages, drafter=drafter, seed=seed, **options)
 
 
 QUESTIONS = [
@@ -141,7 +163,7 @@ def test_a_run_writes_answers_and_reports(config, model, tmp_path, capfd):
     files = {path.name for path in (tmp_path / "run").iterdir()}
     labels = {"none", "pairs", "pairs-num_nodes=3-letter=x"}
     assert files == {f"{label}.jsonl" for label in labels} | {
-        *("config.json", "summary.json", "report.md", "speedup.png", "tokens_per_step.png", "acceptance.png")
+        *("config.json", "summary.json", "report.md", "speedup.png", "tokens_per_step.png", "growth.png", "acceptance.png")
     }
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rows = {(row["method"], row["task"]): row for row in summary["results"]}
@@ -232,6 +254,22 @@ def test_a_run_that_was_stopped_ends_with_the_same_answers(config, model, tmp_pa
     assert idle.requests == []
 
 
+def test_warm_methods_run_in_one_session(config, model, tmp_path):
+    """Each request of a session knows those before it, also in a run that was stopped; only methods with a memory have one."""
+    config = dataclasses.replace(config, methods=("none", "pairs", "pairs:remember=9"), warm=True)
+    specbench.run(config, tmp_path / "whole", model.library())
+    whole = _answers(tmp_path / "whole")
+    assert set(whole) == {f"{name}.jsonl" for name in ("none", "pairs", "pairs-remember=9", "pairs-remember=9-warm")}
+    lengths = [max(row["choices"][0]["accept_lengths"]) for row in whole["pairs-remember=9-warm.jsonl"]]
+    assert lengths == [3, 5, 6, 7]  # of the last turn, the sixth request being the last
+    other = FakeModel(model.folder, interrupt_at=19)
+    with pytest.raises(KeyboardInterrupt):
+        specbench.run(config, tmp_path / "stopped", other.library())
+    assert 0 < len(_answers(tmp_path / "stopped")["pairs-remember=9-warm.jsonl"]) < 4
+    specbench.run(config, tmp_path / "stopped", FakeModel(model.folder).library())
+    assert _answers(tmp_path / "stopped") == whole
+
+
 def test_a_batch_shares_its_time(config, model, tmp_path):
     specbench.run(dataclasses.replace(config, batch_size=2), tmp_path / "run", model.library())
     asked = [(name, len(prompts)) for name, prompts, _ in model.requests if isinstance(prompts[0][0], dict)]
@@ -246,6 +284,7 @@ def test_a_batch_shares_its_time(config, model, tmp_path):
         ({"methods": ("none", "magic")}, "method magic: there is no drafter 'magic'; known: none, pairs"),
         ({"methods": ("none", "pairs:num_nodes=10")}, "method pairs-num_nodes=10: num_nodes 10 is too large"),
         ({"num_nodes": 10}, "method pairs: num_nodes 10 is too large"),
+        ({"warm": True, "batch_size": 2}, "--warm needs --batch_size=1, not 2"),
         ({"tasks": ("qa", "sums")}, "task 'sums' is unknown"),
         ({"max_new_tokens": 400, "tasks": ("rag",)}, "no question's prompts fit"),
     ],
