@@ -39,16 +39,15 @@ from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.drafters.base import Context
 from hd_jax.drafters.hd_tree import (
     HIT_BOUNDS,
-    MAX_MATCH,
     SUBSETS,
-    TABLES,
     blank_state,
     candidates,
     learn,
     network,
     read,
-    recent,
+    successor_tables,
 )
+from hd_jax.drafters.text_index import MAX_MATCH, recent
 from hd_jax.models import tokenizer as tokenizers
 from hd_jax.runner import num_slots
 
@@ -64,9 +63,8 @@ MAX_PROLONGED = 0.985  # probability with which a match is taken to go on
 class Samples(NamedTuple):
     """Of M tokens, each with its candidates; numpy arrays, or JAX's under jit."""
 
-    node_features: Any  # float32[M, Fn]
-    features: Any  # float32[M, I + 1, Fc]
-    is_one: Any  # bool[M, I + 1], candidates, and at last that none is right
+    features: Any  # float32[M, I, F]
+    is_one: Any  # bool[M, I], candidates, and at last that none is right
     labels: Any  # int32[M]
     matches: Any  # int32[M], length of the context's longest match
     is_hit: Any  # bool[M], whether its continuation came
@@ -101,16 +99,15 @@ def _read(tables, tokens: jax.Array, prompt_length: jax.Array, steps: jax.Array,
         state, length = carry
         context = Context(tokens, length, prompt_length)
         coming = jax.lax.dynamic_slice_in_dim(jnp.pad(tokens, (0, READ_AHEAD)), length, READ_AHEAD)
-        line = jnp.concatenate([recent(state), coming])
+        line = jnp.concatenate([recent(state.seen), coming])
         suffixes = line[jnp.arange(READ_AHEAD)[:, None] + jnp.arange(MAX_MATCH)]
         found = candidates(tables, state, context, suffixes, sources, MAX_MATCH)
         is_right = found.is_candidate & (found.tokens == coming[:, None])
-        labels = jnp.where(jnp.any(is_right, axis=1), jnp.argmax(is_right, axis=1), found.tokens.shape[1])
+        labels = jnp.where(jnp.any(is_right, axis=1), jnp.argmax(is_right, axis=1), found.tokens.shape[1] - 1)
         favorites = jnp.max(found.favorites[:, : len(HIT_BOUNDS)], axis=1)
         out = Samples(
-            node_features=found.node_features,
             features=found.features,
-            is_one=jnp.pad(found.is_candidate, ((0, 0), (0, 1)), constant_values=True),
+            is_one=found.is_candidate.at[:, -1].set(True),
             labels=labels,
             matches=jnp.max(found.matches * found.is_candidate, axis=1),
             is_hit=favorites == coming,
@@ -124,14 +121,12 @@ def _read(tables, tokens: jax.Array, prompt_length: jax.Array, steps: jax.Array,
 
 def fit(samples: Samples, held_out: Samples, epochs: int, seed: int) -> tuple[dict[str, jax.Array], float]:
     """Weights by maximum likelihood, and their mean loss in nats on the held-out samples."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    num_node, num_own = samples.node_features.shape[1], samples.features.shape[2]
-    scale = (num_node + num_own) ** -0.5
+    num_features = samples.features.shape[2]
+    keys = jax.random.split(jax.random.key(seed))
     net = {
-        "node_features": jax.random.normal(keys[0], (num_node, HIDDEN)) * scale,
-        "features": jax.random.normal(keys[1], (num_own, HIDDEN)) * scale,
+        "features": jax.random.normal(keys[0], (num_features, HIDDEN)) * num_features**-0.5,
         "bias": jnp.zeros(HIDDEN),
-        "hidden": jax.random.normal(keys[2], (HIDDEN, HIDDEN)) * HIDDEN**-0.5,
+        "hidden": jax.random.normal(keys[1], (HIDDEN, HIDDEN)) * HIDDEN**-0.5,
         "hidden_bias": jnp.zeros(HIDDEN),
         "out": jnp.ones(HIDDEN) * HIDDEN**-0.5 * jnp.where(jnp.arange(HIDDEN) % 2, 1, -1),
     }
@@ -140,7 +135,7 @@ def fit(samples: Samples, held_out: Samples, epochs: int, seed: int) -> tuple[di
     optimizer = optax.adam(optax.cosine_onecycle_schedule(epochs * num_batches, LEARNING_RATE, pct_start=0.3))
 
     def loss_of(net, batch: Samples) -> jax.Array:
-        scores = network(net, batch.node_features, batch.features)
+        scores = network(net, batch.features)
         found = jax.nn.log_softmax(jnp.where(batch.is_one, scores, -jnp.inf), axis=-1)
         return -jnp.mean(jnp.take_along_axis(found, batch.labels[:, None], axis=-1))
 
@@ -229,9 +224,7 @@ def split_corpora(
 
 def _tables(databases: Databases, sources: str) -> dict[str, Any]:
     assert databases.token_classes is not None
-    return {"classes": jnp.asarray(databases.token_classes, jnp.int32)} | {
-        letter: databases.successors(kind, **settings) for letter, (kind, settings) in TABLES.items() if letter in sources
-    }
+    return {"classes": jnp.asarray(databases.token_classes, jnp.int32), **successor_tables(databases, sources)}
 
 
 def define_flags() -> None:

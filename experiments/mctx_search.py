@@ -71,7 +71,7 @@ def _draft(settings: Puct, num_nodes: int):
 
 def _rows(table: SuccessorTable, pairs: jax.Array) -> Rows:
     found = lookup(table, pairs)
-    return Rows(found.tokens, found.probabilities, jnp.zeros(pairs.shape[0], jnp.int32))
+    return Rows(found.tokens[:, 0], found.probabilities[:, 0], jnp.zeros(pairs.shape[0], jnp.int32))
 
 
 def _logits(rows: Rows) -> jax.Array:

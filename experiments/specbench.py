@@ -5,9 +5,8 @@ r"""The main job: drafting methods side by side on Spec-Bench's tasks, every tok
 
 Questions are the outer loop and methods the inner one, so that a machine that other work slows down for a while slows
 all methods alike. A method's turn 2 goes on from plain decoding's answer to turn 1. Every request starts with a fresh
-drafter: neither the warm-up nor an earlier question leaks into it. With --warm, a method that can remember earlier requests
-(that has an option `remember`) runs a second time, as `<method>-warm`, in a session that lasts from the first question to the
-last.
+drafter: neither the warm-up nor an earlier question leaks into it. With --warm, a method that learns from request to request
+runs a second time, as `<method>-warm`, in a session that lasts from the first question to the last.
 
 A run's folder holds, for each method, `<method>.jsonl` in Spec-Bench's answer format (its evaluation/speed.py reads it;
 the field "hd_jax" is ours), and config.json, summary.json, report.md and plots. Answers are appended as they come, so a
@@ -93,15 +92,15 @@ class Bench:
         self.drafters: dict[str, Any] = {}
         self.sessions: dict[str, Any] = {}  # of warm methods
         for method in methods:
-            options, known = dict(method.options), inspect.signature(library.makers[method.drafter]).parameters
-            if config.num_nodes is not None and "num_nodes" in known:
+            options = dict(method.options)
+            if config.num_nodes is not None and "num_nodes" in inspect.signature(library.makers[method.drafter]).parameters:
                 options.setdefault("num_nodes", config.num_nodes)
             try:
                 drafter = library.make_drafter(self.lm, method.drafter, **options)
             except ValueError as error:
                 raise ValueError(f"method {method.label}: {error}") from error
             self.drafters[method.label] = drafter
-            if config.warm and "remember" in known and options.get("remember", known["remember"].default):
+            if config.warm and drafter.renew is not None:
                 self.drafters[method.label + report.WARM] = drafter
                 self.sessions[method.label + report.WARM] = library.session(self.lm, drafter=drafter)
 
@@ -114,7 +113,7 @@ class Bench:
         """A Result for each prompt."""
         self.warm_up(label, len(prompts), max(map(self.num_prompt_tokens, prompts)))
         if label in self.sessions:
-            return [self._go_on(self.sessions[label], *prompts, *seeds)]
+            return [self._go_on(self.sessions[label], prompts[0], seeds[0])]
         return self._generate(label, prompts, seeds, self.config.max_new_tokens)
 
     def _go_on(self, session: Any, messages: list[dict[str, str]], seed: int) -> Any:

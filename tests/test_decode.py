@@ -104,9 +104,17 @@ DRAFTERS = {
         _databases(), adapt="from_text", search="mcts", prompt_gain=0.1, max_pairs=64, iterations=12, num_nodes=9
     ),
     "hd_tree": drafters.hd_tree(_databases(), rounds=2, width=2, history=64, num_nodes=9),
+    "hd_tree recycling": drafters.hd_tree(_databases(), sources="cmsr", rounds=2, width=2, history=64, num_nodes=9),
 }
 # Greedy decoding and sampling are two programs that take seconds to compile; a drafter sees no more of either than its tokens.
-TEMPERATURES = {"rest": [0.0], "suffix": [0.0], "hd_tree": [1.5], "lookahead": [0.0, 1.5], "recycling": [0.0, 1.5]}
+TEMPERATURES = {
+    "rest": [0.0],
+    "suffix": [0.0],
+    "hd_tree": [0.0],
+    "hd_tree recycling": [1.5],
+    "lookahead": [0.0, 1.5],
+    "recycling": [0.0, 1.5],
+}
 TEMPERATURES |= {"aded": [0.0, 1.5], "aded from text": [1.5]}
 CASES = [(name, temperature) for name in DRAFTERS for temperature in TEMPERATURES.get(name, [0.0, 0.7, 1.5])]
 

@@ -9,7 +9,8 @@ where n counts what followed the context, and `distinct` the different tokens am
 a shorter context lends is its own list, and a context of one token lists only what followed it. So a lookup needs the list of
 the longest kept context alone. A kept context's shorter ones occur as often at least, and are kept.
 
-Contexts are found by hash: those of a bucket stand together, and a second hash tells them apart.
+Contexts are found by hash: those of a bucket stand together, and a second hash tells them apart. Several tables can be joined:
+their arrays stand end to end, each with buckets of its own, and are asked in the same few vector operations.
 
     bucket_starts    0      2  2      bucket b holds contexts bucket_starts[b] : bucket_starts[b + 1]
     fingerprints     f0 f1     f2     context i owns the successors entry_starts[i] : entry_starts[i + 1]
@@ -19,6 +20,8 @@ Contexts are found by hash: those of a bucket stand together, and a second hash 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -34,19 +37,23 @@ from hd_jax.draft_tree import NO_TOKEN
 MAX_ORDER = 5  # K, by default
 DISCOUNT = 0.75  # D
 MIN_PROBABILITY = 1e-3  # successors that are less likely are left out
+PLACE_BITS = 28  # of a context's place among all; what is left of 31 holds its order
+LARGEST_ORDER = (1 << 31 - PLACE_BITS) - 1
 MAX_TEXT = 1 << 25  # tokens of running text whose n-grams are counted in memory
 
 
 @flax.struct.dataclass
 class SuccessorTable:
-    """See the module. C contexts in all, M successors in all, at most G of a context, W contexts in the fullest bucket."""
+    """See the module. T tables, with C contexts in all, at most G successors of a context, W contexts in the fullest bucket."""
 
-    bucket_starts: jax.Array  # int32[num_buckets + 1], num_buckets a power of two
-    fingerprints: jax.Array  # uint32[C + W]
-    entry_starts: jax.Array  # int32[C + 1]
-    counts: jax.Array  # int32[C + 1], how often something followed the context
-    tokens: jax.Array  # int32[M + G]
-    probabilities: jax.Array  # float32[M + G]
+    bucket_bases: jax.Array  # int32[T], the first bucket of each table
+    bucket_masks: jax.Array  # uint32[T], its number of buckets, a power of two, less one
+    bucket_starts: jax.Array  # int32[buckets], one more a table than it has buckets
+    fingerprints: jax.Array  # uint32[C + T W], W more a table than it has contexts; the next two as well
+    entry_starts: jax.Array  # int32[C + T W]
+    counts: jax.Array  # int32[C + T W], how often something followed the context
+    tokens: jax.Array  # int32[successors + G]
+    probabilities: jax.Array  # float32[successors + G]
     max_order: int = flax.struct.field(pytree_node=False)  # K
     num_successors: int = flax.struct.field(pytree_node=False)  # G
     bucket_width: int = flax.struct.field(pytree_node=False)  # W
@@ -54,7 +61,7 @@ class SuccessorTable:
     @property
     def num_contexts(self) -> int:
         """C."""
-        return self.entry_starts.shape[0] - 1
+        return self.entry_starts.shape[0] - self.bucket_bases.shape[0] * self.bucket_width
 
     @property
     def num_bytes(self) -> int:
@@ -63,40 +70,79 @@ class SuccessorTable:
 
 
 class Successors(NamedTuple):
-    """What a table knows about the ends of Q texts."""
+    """What each table knows about the ends of Q texts."""
 
-    tokens: jax.Array  # int32[Q, G], NO_TOKEN where there are fewer
-    probabilities: jax.Array  # float32[Q, G], descending; 0 there
-    orders: jax.Array  # int32[Q], length of the context that was found; 0 for none
-    counts: jax.Array  # int32[Q], how often something followed it
+    tokens: jax.Array  # int32[Q, T, G], NO_TOKEN where there are fewer
+    probabilities: jax.Array  # float32[Q, T, G], descending; 0 there
+    orders: jax.Array  # int32[Q, T], length of the context that was found; 0 for none
+    counts: jax.Array  # int32[Q, T], how often something followed it
 
 
 def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
-    """The successors of the longest kept context at the end of each text.
+    """The successors of the longest kept context at the end of each text, by each table.
 
     Args:
       table: to look in.
       suffixes: int32[Q, H], H at least max_order; the last tokens of the texts, the newest last. Where a text begins,
         NO_TOKEN: no context holds it.
     """
-    num_buckets = table.bucket_starts.shape[0] - 1
     hashes, fingerprints = _hashes(suffixes[:, ::-1][:, : table.max_order])  # [Q, K]
-    buckets = (hashes & np.uint32(num_buckets - 1)).astype(jnp.int32)
+    buckets = table.bucket_bases[:, None] + (hashes[:, None] & table.bucket_masks[:, None]).astype(jnp.int32)  # [Q, T, K]
     first, last = table.bucket_starts[buckets], table.bucket_starts[buckets + 1]
-    places = first[..., None] + jnp.arange(table.bucket_width, dtype=jnp.int32)  # [Q, K, W]
-    is_found = (table.fingerprints[places] == fingerprints[..., None]) & (places < last[..., None])
-    contexts = jnp.max(jnp.where(is_found, places, -1), axis=-1)  # [Q, K]
-    orders = jnp.max(jnp.where(contexts >= 0, jnp.arange(1, table.max_order + 1), 0), axis=-1).astype(jnp.int32)
-    context = jnp.take_along_axis(contexts, jnp.maximum(orders - 1, 0)[:, None], axis=-1)[:, 0]
-    context = jnp.where(orders > 0, context, table.num_contexts - 1)
-    start = table.entry_starts[context]
-    entries = start[:, None] + jnp.arange(table.num_successors, dtype=jnp.int32)
-    is_entry = (entries < table.entry_starts[context + 1][:, None]) & (orders > 0)[:, None]
+    places = first[..., None] + jnp.arange(table.bucket_width, dtype=jnp.int32)  # [Q, T, K, W]
+    is_found = (table.fingerprints[places] == fingerprints[:, None, :, None]) & (places < last[..., None])
+    orders = jnp.arange(1, table.max_order + 1, dtype=jnp.int32)[:, None]
+    # One maximum finds the longest context and its place.
+    longest = jnp.max(jnp.where(is_found, orders << PLACE_BITS | places, 0), axis=(-2, -1))  # [Q, T]
+    orders, context = longest >> PLACE_BITS, longest & (1 << PLACE_BITS) - 1
+    entries = table.entry_starts[context][..., None] + jnp.arange(table.num_successors, dtype=jnp.int32)
+    is_entry = (entries < table.entry_starts[context + 1][..., None]) & (orders > 0)[..., None]
     return Successors(
         tokens=jnp.where(is_entry, table.tokens[entries], NO_TOKEN),
         probabilities=jnp.where(is_entry, table.probabilities[entries], 0.0),
         orders=orders,
         counts=jnp.where(orders > 0, table.counts[context], 0),
+    )
+
+
+def join(tables: Sequence[SuccessorTable]) -> SuccessorTable:
+    """One table that asks all of them, in their order.
+
+    Raises:
+      ValueError: together they have more contexts than places can number.
+    """
+    width = max(table.bucket_width for table in tables)
+    num_successors = max(table.num_successors for table in tables)
+    parts: dict[str, list[np.ndarray]] = {field.name: [] for field in dataclasses.fields(SuccessorTable)}
+    num_buckets = num_contexts = num_entries = 0
+    for table in tables:
+        whole = {name: np.asarray(getattr(table, name)) for name in parts}
+        more = table.bucket_bases.shape[0] * (width - table.bucket_width)
+        own = {
+            "bucket_bases": whole["bucket_bases"] + num_buckets,
+            "bucket_masks": whole["bucket_masks"],
+            "bucket_starts": whole["bucket_starts"] + num_contexts,
+            "fingerprints": np.pad(whole["fingerprints"], (0, more)),
+            "entry_starts": np.pad(whole["entry_starts"], (0, more), mode="edge") + num_entries,
+            "counts": np.pad(whole["counts"], (0, more)),
+            "tokens": whole["tokens"][: len(whole["tokens"]) - table.num_successors],
+            "probabilities": whole["probabilities"][: len(whole["tokens"]) - table.num_successors],
+        }
+        for name, array in own.items():
+            parts[name].append(array)
+        num_buckets += len(own["bucket_starts"])
+        num_contexts += len(own["fingerprints"])
+        num_entries += len(own["tokens"])
+    if num_contexts >= 1 << PLACE_BITS:
+        raise ValueError(f"tables of {num_contexts} contexts are too large; at most {(1 << PLACE_BITS) - 1} are possible")
+    parts["tokens"].append(np.full(num_successors, NO_TOKEN, np.int32))
+    parts["probabilities"].append(np.zeros(num_successors, np.float32))
+    arrays = {name: jnp.asarray(np.concatenate(columns)) for name, columns in parts.items() if columns}
+    return SuccessorTable(
+        **arrays,
+        max_order=max(table.max_order for table in tables),
+        num_successors=num_successors,
+        bucket_width=width,
     )
 
 
@@ -129,6 +175,8 @@ def build(
         raise ValueError(f"max_order, num_successors and min_count must be at least 1, not {values}")
     if not 0 <= discount < 1:
         raise ValueError(f"discount must be at least 0 and less than 1, not {discount}")
+    if max_order > LARGEST_ORDER:
+        raise ValueError(f"max_order must be at most {LARGEST_ORDER}, not {max_order}")
     if isinstance(database, SuffixArray):
         if len(database.text) > MAX_TEXT:
             raise ValueError(
@@ -194,10 +242,12 @@ def _build(
     entries = np.repeat(starts[by_bucket] - entry_starts[:-1], sizes) + np.arange(entry_starts[-1])
     fingerprints = (keys[by_bucket] >> np.uint64(32)).astype(np.uint32)
     return SuccessorTable(
+        bucket_bases=jnp.zeros(1, jnp.int32),
+        bucket_masks=jnp.full(1, num_buckets - 1, jnp.uint32),
         bucket_starts=jnp.asarray(np.concatenate([[0], np.cumsum(loads)]).astype(np.int32)),
         fingerprints=jnp.asarray(np.pad(fingerprints, (0, width))),
-        entry_starts=jnp.asarray(np.pad(entry_starts, (0, int(not len(keys)))).astype(np.int32)),
-        counts=jnp.asarray(np.pad(counts[by_bucket], (0, 1)).astype(np.int32)),
+        entry_starts=jnp.asarray(np.pad(entry_starts, (0, width - 1), mode="edge").astype(np.int32)),
+        counts=jnp.asarray(np.pad(counts[by_bucket], (0, width)).astype(np.int32)),
         tokens=jnp.asarray(np.pad(tokens[entries], (0, num_successors), constant_values=NO_TOKEN).astype(np.int32)),
         probabilities=jnp.asarray(np.pad(probabilities[entries], (0, num_successors)).astype(np.float32)),
         max_order=len(levels),

@@ -28,7 +28,7 @@ from hd_jax.databases import pair_overlay
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.pair_overlay import PairOverlay
 from hd_jax.databases.successor_table import SuccessorTable, lookup
-from hd_jax.draft_tree import NO_TOKEN, ROOT_INDEX, DraftTree, is_node
+from hd_jax.draft_tree import NO_TOKEN, DraftTree, is_node
 from hd_jax.drafters import tree_search
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.drafters.tree_search import Puct, Rows
@@ -196,7 +196,7 @@ def weights(table: SuccessorTable, overlay: PairOverlay, pairs: jax.Array) -> tu
     built = lookup(table, pairs)
     tokens, changed, is_adapted = pair_overlay.lookup(overlay, pairs)
     choose = lambda new, old: jnp.where(is_adapted[:, None], new, old)  # noqa: E731
-    return choose(tokens, built.tokens), choose(changed, built.probabilities), is_adapted
+    return choose(tokens, built.tokens[:, 0]), choose(changed, built.probabilities[:, 0]), is_adapted
 
 
 def successors(table: SuccessorTable, overlay: PairOverlay, pairs: jax.Array) -> Rows:
@@ -210,11 +210,7 @@ def learn_logits(table: SuccessorTable, overlay: PairOverlay, context: Context, 
 
     The model's distribution is that over its likeliest k tokens alone.
     """
-    tree = feedback.tree
-    slot = context.length - feedback.num_appended - 2  # of the token before the root
-    before = jnp.where(slot >= 0, context.tokens[jnp.maximum(slot, 0)], NO_TOKEN)
-    above = jnp.where(jnp.arange(tree.tokens.shape[0]) == ROOT_INDEX, before, tree.tokens[jnp.maximum(tree.parents, 0)])
-    pairs = jnp.stack([above, tree.tokens], axis=1)
+    pairs = feedback.pairs(context)
     tokens, found, _ = successors(table, overlay, pairs)
     drawn = jax.nn.softmax(feedback.top_logits, axis=-1)
     tokens, found = pair_overlay.merge(
@@ -222,7 +218,7 @@ def learn_logits(table: SuccessorTable, overlay: PairOverlay, context: Context, 
         jnp.concatenate([rate * drawn, (1 - rate) * found], axis=1),
         tokens.shape[1],
     )
-    is_seen = is_node(tree) & (above != NO_TOKEN) & (feedback.num_appended > 0)
+    is_seen = is_node(feedback.tree) & (pairs[:, 0] != NO_TOKEN) & (feedback.num_appended > 0)
     return pair_overlay.write(overlay, pairs, tokens, found, is_seen)
 
 

@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
-from hd_jax.draft_tree import DraftTree
+from hd_jax.draft_tree import NO_TOKEN, ROOT_INDEX, DraftTree
 
 State = Any  # one row's pytree of fixed shapes
 Tables = Any  # a pytree of read-only arrays, one for all rows
@@ -64,6 +65,15 @@ class Feedback(NamedTuple):
     top_logits: jax.Array  # float32[N, k], before temperature
     path: jax.Array  # int32[P], accepted nodes by depth, root first, then NO_NODE
     num_appended: jax.Array  # int32[], tokens the step appended; 0 for a row that had ended before
+
+    def pairs(self, context: Context) -> jax.Array:
+        """int32[N, 2]: the token before each node, NO_TOKEN where the text begins with the root, and the node's own."""
+        tree = self.tree
+        slot = context.length - self.num_appended - 2  # of the token before the root
+        before = jnp.where(slot >= 0, context.tokens[jnp.maximum(slot, 0)], NO_TOKEN)
+        is_root = jnp.arange(tree.tokens.shape[0]) == ROOT_INDEX
+        above = jnp.where(is_root, before, tree.tokens[jnp.maximum(tree.parents, 0)])
+        return jnp.stack([above, tree.tokens], axis=1)
 
 
 def _no_state(tables: Tables, context: Context) -> State:

@@ -2,9 +2,11 @@
 
 Sources, in order of temporal locality (Hierarchy Drafting's; see hd.py):
 
-    c  context-dependent: where the last tokens stood before in the text, with the length of the match
+    c  context-dependent: where the last tokens stood before in the text, with the length of the match (text_index.py)
     m  model-dependent: a successor table of the model's own text
     s  statistics-dependent: a successor table of a corpus
+    r  recycled: what the model said itself, at any node that it verified, would come after a token pair or a token
+       (recycled_rows.py); needs logits, so it is asked only if named
 
 From a node's path, each source is asked which tokens may come next. The answers are merged by token, and a small network
 estimates each one's probability, that none of them is right included, from counts alone: how often the context continued
@@ -12,11 +14,13 @@ so after a match of 1, 2, .. 16 tokens; the tables' probabilities, orders and co
 in this text, by match length; the kinds of the tokens. A path's probability is the product along it; so sources
 mix along one path. The tree is the N - 1 likeliest nodes of all that were looked at.
 
-Nodes are expanded in rounds, the likeliest `width` ones at a time, in vector operations of fixed shapes. After the last round,
-nodes that a match in the context proposed are prolonged by what follows that match: so a long copy is as deep as it is likely.
+Nodes are expanded level by level, the likeliest `width` ones of each, in vector operations of fixed shapes. After the last
+level, nodes that a match in the context proposed are prolonged by what follows that match: so a long copy is as deep as it is
+likely.
 
 What is learned where: the network's weights are shipped (experiments/fit_hd_tree.py fits them on recorded text of a model);
-the sources' hit rates are learned while decoding, and are inputs of it.
+the sources' hit rates are learned while decoding, and are inputs of it. Recorded text holds no logits, so the network knows
+nothing of "r": the estimate is a mixture of its and of what was recycled, whose weights are learned while decoding too.
 """
 
 from __future__ import annotations
@@ -31,63 +35,54 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from hd_jax import draft_tree
+from hd_jax.databases import successor_table
 from hd_jax.databases.collection import Databases
-from hd_jax.databases.successor_table import lookup
+from hd_jax.databases.successor_table import Successors, SuccessorTable
 from hd_jax.draft_tree import NO_PARENT, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
+from hd_jax.drafters import recycled_rows, text_index
 from hd_jax.drafters.base import Context, Drafter, Feedback
+from hd_jax.drafters.recycled_rows import Recycled
+from hd_jax.drafters.text_index import MAX_MATCH, NUM_BUCKETS, TextIndex
 from hd_jax.models.tokenizer import TOKEN_CLASSES
 
 WEIGHTS = pathlib.Path(__file__).parents[1] / "assets" / "hd_tree.safetensors"
 SUBSETS = ("c", "cm", "cs", "ms", "cms")  # of sources, each with weights of its own
-MATCH_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # at which counts are taken
-MAX_MATCH = MATCH_LENGTHS[-1]
+MATCH_LENGTHS = (1, 2, 3, 4, 6, 8, 12, MAX_MATCH)  # at which counts are taken
 # What a source's hit rate is kept for: the context by the length of its longest match, and the two tables.
 HIT_BOUNDS = (1, 3, 6, 10)  # shortest matches of the context's classes
-SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "model", "statistics")
+SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "model", "statistics", "recycled")
 START_HIT_RATES = (0.30, 0.60, 0.75, 0.90, 0.45, 0.45)
 HIT_RATE_STEP = 0.08  # weight of the newest outcome
-RING = 16  # latest places that are remembered of a key
-SHORT_KEY, LONG_KEY = 1, 3  # tokens of the two keys: places of short and of long matches do not push one another out
-NUM_BUCKETS = 4096  # of each ring table, and of the occurrence counts
-NUM_SUCCESSORS = 16  # of a context in the tables
+NUM_SUCCESSORS = 24  # of a context in the tables
 TAIL_STARTS, TAIL_LENGTH = 16, 10  # nodes that are prolonged, and by how much
 # The databases of "m" and "s", and how their successor tables are made.
 TABLES = {
     "m": ("model_text", {"num_successors": NUM_SUCCESSORS, "min_count": 1, "max_bytes": 256 * 2**20}),
-    "s": ("statistics", {"num_successors": NUM_SUCCESSORS, "min_count": 2, "max_bytes": 256 * 2**20}),
+    "s": ("statistics", {"num_successors": NUM_SUCCESSORS, "min_count": 2, "max_bytes": 512 * 2**20}),
 }
 
 
-class Ring(NamedTuple):
-    """The latest places of every key."""
-
-    places: jax.Array  # int32[NUM_BUCKETS, RING], or -1
-    fills: jax.Array  # int32[NUM_BUCKETS], places ever written
-
-
 class State(NamedTuple):
-    """One row's text, so indexed that a match is found without reading it through."""
+    """What one row knows."""
 
-    text: jax.Array  # int32[T], a ring: place p stands at p % T
-    num_seen: jax.Array  # int32[], tokens ever written
-    start: jax.Array  # int32[], the place where the request begins
-    short: Ring  # places by their last token
-    long: Ring  # by their last LONG_KEY tokens
-    occurrences: jax.Array  # int32[NUM_BUCKETS], of each token (modulo NUM_BUCKETS) in the request
-    hit_rates: jax.Array  # float32[6], as SOURCE_NAMES
+    seen: TextIndex
+    hit_rates: jax.Array  # float32[6], as SOURCE_NAMES, of which the last has none
+    recycled: Any  # RecycledRows with "r", else ()
 
 
 class Candidates(NamedTuple):
-    """What may follow each of Q texts. Of I places, some hold no candidate; place I is that no candidate is right."""
+    """What may follow each of Q texts. Of I places, some hold no candidate; the last stands for that no candidate is right."""
 
     tokens: jax.Array  # int32[Q, I]
     is_candidate: jax.Array  # bool[Q, I], each token once
     matches: jax.Array  # int32[Q, I], longest match of the context that was continued so; 0 for none
     places: jax.Array  # int32[Q, I], the latest place of such a match
     sources: jax.Array  # int32[Q, I], the first source that proposes the token, as SOURCE_NAMES
-    node_features: jax.Array  # float32[Q, Fn]
-    features: jax.Array  # float32[Q, I + 1, Fc]
+    features: jax.Array  # float32[Q, I, F]
     fixed: jax.Array  # float32[Q, I], probabilities by the hierarchy alone
+    classes: jax.Array  # int32[Q], of the longest match: 0 for none, then by HIT_BOUNDS
+    recycled: Recycled | None  # None without "r"
+    recycled_sums: jax.Array  # float32[Q, I], its probabilities of the tokens
     favorites: jax.Array  # int32[Q, 6], each source's best guess, or NO_TOKEN
 
 
@@ -97,7 +92,7 @@ def hd_tree(
     sources: str = "cms",
     estimates: str = "learned",
     max_match: int = MAX_MATCH,
-    rounds: int = 6,
+    rounds: int | None = None,
     width: int | None = None,
     min_probability: float = 0.0,
     history: int = 8192,
@@ -108,11 +103,12 @@ def hd_tree(
 
     Args:
       databases: with text of the model (`model_text`) where `sources` has "m", and D_s where it has "s".
-      sources: which are asked; one of SUBSETS.
+      sources: which are asked; one of SUBSETS, and "r" after it for what was recycled.
       estimates: "learned", or "fixed": by the hierarchy alone, each source getting the probability that those before it left.
       max_match: longest match of the context that is told apart from longer ones, at most MAX_MATCH tokens.
-      rounds: of expansion; nodes are at most this deep, and TAIL_LENGTH more where a match is prolonged.
-      width: nodes that are expanded in a round, at most NUM_SUCCESSORS; by default a quarter of the drafted nodes, from 2 to 8.
+      rounds: levels that are expanded; nodes are at most this deep, and TAIL_LENGTH more where a match is prolonged. By
+        default 6, and 7 for 64 nodes or more.
+      width: nodes of a level that are expanded, at most NUM_SUCCESSORS; by default a quarter of the drafted ones, from 2 to 12.
       min_probability: nodes that are reached with less are left out.
       history: T, tokens of prompt and answer that are remembered.
       remember: tokens of earlier requests that a session remembers besides; 0 for none. They count as the context's own,
@@ -122,12 +118,13 @@ def hd_tree(
     Raises:
       ValueError: an option is out of range, or there is no database that `sources` names.
     """
-    letters = "".join(letter for letter in "cms" if letter in sources)
-    if sorted(letters) != sorted(sources) or letters not in SUBSETS:
-        raise ValueError(f"hd_tree's sources are one of {', '.join(SUBSETS)}, not {sources!r}")
+    letters = "".join(letter for letter in "cmsr" if letter in sources)
+    if sorted(letters) != sorted(sources) or letters.removesuffix("r") not in SUBSETS:
+        raise ValueError(f"hd_tree's sources are one of {', '.join(SUBSETS)}, or with r after it, not {sources!r}")
     if estimates not in ("learned", "fixed"):
         raise ValueError(f"hd_tree's estimates are 'learned' or 'fixed', not {estimates!r}")
-    width = min(max((num_nodes - 1) // 4, 2), 8) if width is None else width
+    rounds = 6 + (num_nodes >= 64) if rounds is None else rounds
+    width = min(max((num_nodes - 1) // 4, 2), 12) if width is None else width
     least = {"rounds": (rounds, 1), "width": (width, 1), "num_nodes": (num_nodes, 2), "remember": (remember, 0)}
     least |= {"history": (history, rounds + TAIL_LENGTH + MAX_MATCH), "max_match": (max_match, 1)}
     for name, (value, bound) in least.items():
@@ -143,10 +140,10 @@ def hd_tree(
         classes = np.full(1, TOKEN_CLASSES.index("other"))
     tables: dict[str, Any] = {"classes": jnp.asarray(classes, jnp.int32)}
     if estimates == "learned":
-        tables["weights"] = weights(letters)
-    tables |= {letter: databases.successors(kind, **making) for letter, (kind, making) in TABLES.items() if letter in letters}
+        tables["weights"] = weights(letters.removesuffix("r"))
+    tables |= successor_tables(databases, letters)
     init, draft, update, renew = _functions(
-        letters, estimates == "learned", max_match, rounds, width, float(min_probability), history, remember, num_nodes
+        letters, max_match, rounds, width, float(min_probability), history, remember, num_nodes
     )
     return Drafter(
         "hd_tree",
@@ -157,8 +154,23 @@ def hd_tree(
         init=init,
         update=update,
         renew=renew,
+        num_top_logits=recycled_rows.NUM_SUCCESSORS if "r" in letters else 0,
         tables=tables,
     )
+
+
+def successor_tables(databases: Databases, sources: str) -> dict[str, SuccessorTable]:
+    """The tables of "m" and "s", those that `sources` names, joined in this order; made once for the same databases.
+
+    Raises:
+      ValueError: there is no such database.
+    """
+    asked = tuple(letter for letter in TABLES if letter in sources)
+    if not asked:
+        return {}
+    making = [(kind, settings) for kind, settings in (TABLES[letter] for letter in asked)]
+    make = lambda: successor_table.join([databases.successors(kind, **settings) for kind, settings in making])  # noqa: E731
+    return {"successors": databases.once(("hd_tree", asked), make)}
 
 
 @functools.cache
@@ -171,7 +183,6 @@ def weights(sources: str) -> dict[str, jax.Array]:
 @functools.lru_cache
 def _functions(
     sources: str,
-    is_learned: bool,
     max_match: int,
     rounds: int,
     width: int,
@@ -182,159 +193,96 @@ def _functions(
 ):
     def init(tables, context: Context) -> State:
         del tables
-        return read(blank_state(history + remember), context)
+        return read(blank_state(history + remember, "r" in sources), context)
 
     def renew(tables, state: State, context: Context) -> State:
         if remember:
-            return resume(state, context)
-        return init(tables, context)._replace(hit_rates=state.hit_rates)
+            return state._replace(seen=text_index.resume(state.seen, context))
+        return state._replace(seen=init(tables, context).seen)
 
     def update(tables, state: State, context: Context, feedback: Feedback) -> State:
         max_appended = feedback.path.shape[0]
         slots = context.length - feedback.num_appended + jnp.arange(max_appended)
         tokens = context.tokens[jnp.clip(slots, 0, context.tokens.shape[0] - 1)]
-        return learn(tables, state, context, tokens, feedback.num_appended, sources, max_match)
+        state = learn(tables, state, context, tokens, feedback.num_appended, sources, max_match)
+        if "r" in sources:
+            state = state._replace(recycled=recycled_rows.write(state.recycled, context, feedback))
+        return state
 
     def draft(tables, state: State, context: Context) -> DraftTree:
-        pool: list[dict[str, jax.Array]] = []  # of each round, the nodes that it found
-        expanded: list[jax.Array] = []  # of each round, the ends of the texts that it asked about, int32[width, MAX_MATCH]
-        # This round's ends, and the nodes there: their numbers in the pool, depths, log-probabilities. First, the root.
-        suffixes, parents = recent(state)[None], jnp.full(1, NO_PARENT)
-        depth_of, base = jnp.zeros(1, jnp.int32), jnp.zeros(1)
-        is_expanded = jnp.zeros(0, bool)
+        levels: list[dict[str, jax.Array]] = []  # of each level, the nodes that were found
+        num_pooled = 0
+        # The ends of the texts that a level asks about, and the nodes there: their numbers in the pool, log-probabilities.
+        suffixes, parents, base = text_index.recent(state.seen)[None], jnp.full(1, NO_PARENT), jnp.zeros(1)
         for index in range(rounds):
             found = candidates(tables, state, context, suffixes, sources, max_match)
-            logits = log_probabilities(tables["weights"], found) if is_learned else jnp.log(found.fixed)
+            logits = log_probabilities(tables, found)
+            if found.recycled is not None:
+                logits = recycled_rows.mixed(state.recycled, found.recycled, found.classes, logits, found.recycled_sums)
             scores = jnp.where(found.is_candidate, base[:, None] + logits, -jnp.inf)
-            shape = scores.shape
             nodes = {
                 "scores": scores,
                 "tokens": found.tokens,
                 "sources": found.sources,
                 "matches": found.matches,
                 "places": found.places,
-                "parents": jnp.broadcast_to(parents[:, None], shape),
-                "depths": jnp.broadcast_to(depth_of[:, None] + 1, shape),
-                "origins": jnp.broadcast_to(index * width + jnp.arange(shape[0])[:, None], shape),
+                "parents": jnp.broadcast_to(parents[:, None], scores.shape),
+                "depths": jnp.full(scores.shape, index + 1),
             }
-            pool.append({name: values.reshape(-1) for name, values in nodes.items()})
-            expanded.append(jnp.broadcast_to(suffixes, (width, MAX_MATCH)))
-            is_expanded = jnp.concatenate([is_expanded, jnp.zeros(scores.size, bool)])
+            nodes = {name: values.reshape(-1) for name, values in nodes.items()}
+            nodes["is_expanded"] = jnp.zeros(scores.size, bool)
             if index < rounds - 1:
-                every = {name: jnp.concatenate([part[name] for part in pool]) for name in pool[0]}
-                base, chosen = jax.lax.top_k(jnp.where(is_expanded, -jnp.inf, every["scores"]), width)
-                is_expanded = is_expanded.at[chosen].set(True)
-                shifted = jnp.concatenate(expanded)[every["origins"][chosen]][:, 1:]
-                suffixes = jnp.concatenate([shifted, every["tokens"][chosen][:, None]], axis=1)
-                parents, depth_of = chosen, every["depths"][chosen]
-        every = {name: jnp.concatenate([part[name] for part in pool]) for name in pool[0]}
+                base, chosen = _best(nodes["scores"], min(width, scores.size))
+                nodes["is_expanded"] = nodes["scores"] >= base[-1]
+                shifted = suffixes[chosen // scores.shape[1], 1:]
+                suffixes = jnp.concatenate([shifted, nodes["tokens"][chosen][:, None]], axis=1)
+                parents = num_pooled + chosen
+            levels.append(nodes)
+            num_pooled += scores.size
+        every = {name: jnp.concatenate([level[name] for level in levels]) for name in levels[0]}
         if "c" in sources:
             lengths = np.arange(MAX_MATCH + 1)
             fixed = jnp.log(jnp.asarray(lengths / (lengths + 1)))
-            every = _with_tails(tables["weights"]["prolonged"] if is_learned else fixed, state, every, is_expanded)
+            every = _with_tails(tables["weights"]["prolonged"] if "weights" in tables else fixed, state.seen, every)
         return _likeliest(context.root, every, min_probability, num_nodes)
 
     return init, draft, update, renew
 
 
-def blank_state(size: int) -> State:
+def blank_state(size: int, is_recycling: bool = False) -> State:
     """Nothing seen yet, and room for `size` tokens."""
-    ring = Ring(jnp.full((NUM_BUCKETS, RING), -1, jnp.int32), jnp.zeros(NUM_BUCKETS, jnp.int32))
-    return State(
-        text=jnp.full(size, NO_TOKEN, jnp.int32),
-        num_seen=jnp.int32(0),
-        start=jnp.int32(0),
-        short=ring,
-        long=ring,
-        occurrences=jnp.zeros(NUM_BUCKETS, jnp.int32),
-        hit_rates=jnp.asarray(START_HIT_RATES, jnp.float32),
-    )
+    recycled = recycled_rows.empty(len(HIT_BOUNDS) + 1) if is_recycling else ()
+    return State(text_index.blank(size), jnp.asarray(START_HIT_RATES, jnp.float32), recycled)
 
 
 def read(state: State, context: Context) -> State:
-    """The state after a prompt; of one that is longer than the ring, its end."""
-    size = min(state.text.shape[0], context.tokens.shape[0])
-    start = jnp.maximum(context.length - size, 0)
-    tokens = jax.lax.dynamic_slice_in_dim(context.tokens, start, size)
-    return _append(state, tokens, context.length - start)
-
-
-def resume(state: State, context: Context) -> State:
-    """The state after another prompt. One that goes on from the last request, as in a chat, is read from there on."""
-    size = state.text.shape[0]
-    offsets = jnp.arange(min(size, context.tokens.shape[0]))
-    num_known = state.num_seen - state.start
-    is_known = (offsets >= num_known) | (state.text[(state.start + offsets) % size] == context.tokens[offsets])
-    goes_on = jnp.all(is_known) & (num_known <= jnp.minimum(len(offsets), context.length))
-    fresh = state._replace(start=state.num_seen, occurrences=jnp.zeros_like(state.occurrences))
-    state = jax.tree.map(functools.partial(jnp.where, goes_on), state, fresh)
-    num_known = jnp.where(goes_on, num_known, 0)
-    return read(state, context._replace(tokens=jnp.roll(context.tokens, -num_known), length=context.length - num_known))
+    """The state after a prompt; of one that is longer than the index has room for, its end."""
+    return state._replace(seen=text_index.read(state.seen, context))
 
 
 def learn(
     tables, state: State, context: Context, tokens: jax.Array, num_tokens: jax.Array, sources: str, max_match: int
 ) -> State:
-    """The state after the first `num_tokens` of int32[P] `tokens`: hit rates by what was known before, then the text."""
+    """The state after the first `num_tokens` of int32[P] `tokens`: what it learns of them by what it knew, then the text."""
     num_places = tokens.shape[0]
-    line = jnp.concatenate([recent(state), tokens])
+    line = jnp.concatenate([text_index.recent(state.seen), tokens])
     before = line[jnp.arange(num_places)[:, None] + jnp.arange(MAX_MATCH)]  # int32[P, H], the text before each token
-    favorites = candidates(tables, state, context, before, sources, max_match).favorites
-    is_asked = (favorites != NO_TOKEN) & (jnp.arange(num_places) < num_tokens)[:, None]
+    found = candidates(tables, state, context, before, sources, max_match)
+    favorites, is_new = found.favorites, jnp.arange(num_places) < num_tokens
+    is_asked = (favorites != NO_TOKEN) & is_new[:, None]
     is_hit = is_asked & (favorites == tokens[:, None])
     # A moving average over the outcomes in their order: each weighs less by those that came after it.
     num_asked = jnp.sum(is_asked, axis=0)
     num_after = num_asked - jnp.cumsum(is_asked, axis=0)
     kept = 1 - HIT_RATE_STEP
     hit_rates = state.hit_rates * kept**num_asked + HIT_RATE_STEP * jnp.sum(is_hit * kept**num_after, axis=0)
-    return _append(state, tokens, num_tokens)._replace(hit_rates=hit_rates)
-
-
-def recent(state: State) -> jax.Array:
-    """int32[MAX_MATCH]: the newest tokens, the newest last; NO_TOKEN where the text has not so many."""
-    places = state.num_seen - MAX_MATCH + jnp.arange(MAX_MATCH)
-    return jnp.where(places >= 0, state.text[places % state.text.shape[0]], NO_TOKEN)
-
-
-def _append(state: State, tokens: jax.Array, num_tokens: jax.Array) -> State:
-    size = state.text.shape[0]
-    offsets = jnp.arange(tokens.shape[0])
-    is_new = offsets < num_tokens
-    text = state.text.at[jnp.where(is_new, (state.num_seen + offsets) % size, size)].set(tokens, mode="drop")
-    ends = state.num_seen + offsets - 1  # a place is indexed once the token behind it is known
-    keys = text[(ends[:, None] - jnp.arange(LONG_KEY)) % size]
-    is_new_end = is_new & (ends >= 0)
-    return state._replace(
-        text=text,
-        num_seen=state.num_seen + num_tokens,
-        short=_pushed(state.short, _bucket(keys[:, :SHORT_KEY]), ends, is_new_end),
-        long=_pushed(state.long, _bucket(keys), ends, is_new_end),
-        occurrences=state.occurrences.at[jnp.where(is_new, tokens % NUM_BUCKETS, NUM_BUCKETS)].add(1, mode="drop"),
-    )
-
-
-def _bucket(newest_first: jax.Array) -> jax.Array:
-    """int32[...] of int32[..., k] keys."""
-    value = jnp.uint32(0x9E3779B1)
-    for column in range(newest_first.shape[-1]):
-        value = (value ^ newest_first[..., column].astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
-        value = value ^ (value >> 15)
-    return (value % NUM_BUCKETS).astype(jnp.int32)
-
-
-def _pushed(ring: Ring, buckets: jax.Array, places: jax.Array, is_new: jax.Array) -> Ring:
-    """The ring after int32[P] places in their order, those that are new."""
-    by_bucket = jnp.argsort(jnp.where(is_new, buckets, NUM_BUCKETS), stable=True)
-    buckets, places = jnp.where(is_new, buckets, NUM_BUCKETS)[by_bucket], places[by_bucket]
-    first = jnp.searchsorted(buckets, buckets, side="left")
-    num_same = jnp.searchsorted(buckets, buckets, side="right") - first
-    rank = jnp.arange(len(buckets)) - first
-    slots = (ring.fills[jnp.minimum(buckets, NUM_BUCKETS - 1)] + rank) % RING
-    is_kept = rank >= num_same - RING  # one that the same call overwrites is not written
-    return Ring(
-        places=ring.places.at[jnp.where(is_kept, buckets, NUM_BUCKETS), slots].set(places, mode="drop"),
-        fills=ring.fills.at[buckets].add(1, mode="drop"),
-    )
+    recycled = state.recycled
+    if found.recycled is not None:
+        is_right = found.is_candidate & (found.tokens == tokens[:, None])
+        sum_of = lambda values: jnp.sum(jnp.where(is_right, values, 0.0), axis=1)  # noqa: E731
+        others, own = sum_of(jnp.exp(log_probabilities(tables, found))), sum_of(found.recycled_sums)
+        recycled = recycled_rows.learn_shares(recycled, found.recycled, found.classes, others, own, is_new)
+    return State(text_index.append(state.seen, tokens, num_tokens), hit_rates, recycled)
 
 
 def candidates(
@@ -346,101 +294,99 @@ def candidates(
     blank = jnp.zeros((num_texts, 0), jnp.int32)
     following, places, matches = blank, blank, blank
     if "c" in sources:
-        following, places, matches = _matches(state, suffixes, max_match)
-    answers = {letter: lookup(tables[letter], suffixes) for letter in "ms" if letter in sources}
-    tokens = jnp.concatenate([following, *(answer.tokens for answer in answers.values())], axis=1)
-    num_matches = following.shape[1]
+        following, places, matches = text_index.matches(state.seen, suffixes, max_match)
+    asked = [letter for letter in TABLES if letter in sources]
+    no_answers = Successors(jnp.zeros((num_texts, 0, 0), jnp.int32), jnp.zeros((num_texts, 0, 0)), blank, blank)
+    answers = successor_table.lookup(tables["successors"], suffixes) if asked else no_answers
+    recycled = recycled_rows.lookup(state.recycled, suffixes[:, -2:]) if "r" in sources else None
+    no_token = jnp.full((num_texts, 1), NO_TOKEN)  # the last place: that no candidate is right
+    from_rows = blank if recycled is None else recycled.tokens
+    tokens = jnp.concatenate([following, answers.tokens.reshape(num_texts, -1), from_rows, no_token], axis=1)
+    num_matches, num_answers = following.shape[1], answers.tokens[0].size
     is_same = (tokens[:, :, None] == tokens[:, None, :]) & (tokens != NO_TOKEN)[:, None, :]  # [Q, I, I]
     is_earlier = np.tri(tokens.shape[1], k=-1, dtype=bool)
     is_candidate = (tokens != NO_TOKEN) & ~jnp.any(is_same & is_earlier, axis=-1)
 
-    # Each token's places in the context: counts by match length, the longest match and its latest place.
-    of_context = is_same[:, :, :num_matches]  # [Q, I, R]
+    # Each token's counts in the context by match length, and the tables' probabilities of it: sums over the places that
+    # hold the token, of what each place says.
     reaches = (matches[:, :, None] >= np.array(MATCH_LENGTHS)).astype(jnp.float32)  # [Q, R, 8]
-    counts = of_context.astype(jnp.float32) @ reaches  # [Q, I, 8]
+    by_table = answers.probabilities[..., None] * np.eye(len(asked), dtype=np.float32)[:, None]  # [Q, T, G, T]
+    by_table = by_table.reshape(num_texts, num_answers, len(asked))
+    of_rows = jnp.zeros((num_texts, 0, 0)) if recycled is None else recycled.probabilities[..., None]
+    num_columns, column, said = len(MATCH_LENGTHS) + len(asked) + of_rows.shape[2], 0, []
+    for values in (reaches, by_table, of_rows):
+        after = num_columns - column - values.shape[2]
+        said.append(jnp.pad(values, ((0, 0), (0, values is of_rows), (column, after))))  # the last place is said by none
+        column += values.shape[2]
+    sums = is_same.astype(jnp.float32) @ jnp.concatenate(said, axis=1)  # [Q, I, 8 + T, and one of what was recycled]
+    counts = sums[..., : len(MATCH_LENGTHS)]
     totals = jnp.sum(reaches, axis=1)  # [Q, 8]
+    probabilities = {letter: sums[..., len(MATCH_LENGTHS) + number] for number, letter in enumerate(asked)}
+
+    # The longest match that each token followed, and its latest place.
+    of_context = is_same[:, :, :num_matches]  # [Q, I, R]
     rank = matches * (1 << 24) + places % (1 << 24)  # 16 million places: by the match's length, then the latest
     best = jnp.max(jnp.where(of_context, rank[:, None, :], -1), axis=-1, initial=-1)  # [Q, I]
     longest = jnp.where(best >= 0, best >> 24, 0)
-
-    # The tables' probabilities of each token.
-    first, probabilities = num_matches, {}
-    for letter, answer in answers.items():
-        part = is_same[:, :, first : first + answer.tokens.shape[1]]
-        probabilities[letter] = jnp.sum(part * answer.probabilities[:, None, :], axis=-1)
-        first += answer.tokens.shape[1]
 
     none = jnp.zeros(num_texts)
     of_class = functools.partial(jax.nn.one_hot, num_classes=len(TOKEN_CLASSES))
     classes = tables["classes"]
     class_of = lambda token: classes[token % classes.shape[0]]  # noqa: E731
     node_features = [jnp.log1p(totals) * 0.5, of_class(class_of(last))]
-    for letter in "ms":
-        answer = answers.get(letter)
-        values = (
-            (answer.orders, jnp.log1p(answer.counts), jnp.log(answer.probabilities[:, 0] + 1e-3)) if answer else (none,) * 3
-        )
+    for letter in TABLES:
+        values = (none,) * 3
+        if letter in asked:
+            number = asked.index(letter)
+            first = jnp.log(answers.probabilities[:, number, 0] + 1e-3)
+            values = (answers.orders[:, number], jnp.log1p(answers.counts[:, number]), first)
         node_features.append(jnp.stack(values, axis=1) * jnp.array([0.3, 0.3, 0.5]))
     lengths = jnp.log1p(jnp.stack([context.length - context.prompt_length, context.prompt_length]).astype(jnp.float32)) * 0.2
     node_features += [jnp.broadcast_to(x, (num_texts, x.shape[0])) for x in (lengths, state.hit_rates)]
 
-    # The last place is that no candidate is right: it has been counted nowhere.
-    with_none = lambda values: jnp.pad(values, ((0, 0), (0, 1)) + ((0, 0),) * (values.ndim - 2))  # noqa: E731
-    share = jnp.log((with_none(counts) + 0.1) / (totals[:, None, :] + 1))
+    shared = jnp.concatenate(node_features, axis=1)
+    share = jnp.log((counts + 0.1) / (totals[:, None, :] + 1))
     features = [jnp.where(totals[:, None, :] > 0, share, 0.0)]
-    for letter in "ms":
+    for letter in TABLES:
         values = probabilities.get(letter, jnp.zeros(tokens.shape))
-        features.append(jnp.log(with_none(values) + 1e-3)[..., None] * 0.5)
-    features.append(with_none(of_class(class_of(tokens))))
+        features.append(jnp.log(values + 1e-3)[..., None] * 0.5)
+    is_none = jnp.broadcast_to(np.arange(tokens.shape[1]) == tokens.shape[1] - 1, tokens.shape)
     single = [
         class_of(tokens) == class_of(last)[:, None],
         tokens == last[:, None],
-        jnp.log1p(state.occurrences[tokens % NUM_BUCKETS].astype(jnp.float32)),
+        jnp.log1p(state.seen.occurrences[tokens % NUM_BUCKETS].astype(jnp.float32)),
     ]
-    features.append(with_none(jnp.stack([x.astype(jnp.float32) for x in single], axis=-1)))
-    is_none = jnp.arange(tokens.shape[1] + 1) == tokens.shape[1]
-    features.append(jnp.broadcast_to(is_none[None, :, None].astype(jnp.float32), (num_texts, len(is_none), 1)))
+    own = jnp.concatenate([of_class(class_of(tokens)), jnp.stack([x.astype(jnp.float32) for x in single], axis=-1)], axis=-1)
+    features.append(jnp.where(is_none[..., None], 0.0, own))
+    features.append(is_none.astype(jnp.float32)[..., None])
+    features.append(jnp.broadcast_to(shared[:, None, :], (*tokens.shape, shared.shape[1])))
 
     kinds = np.searchsorted(HIT_BOUNDS, np.arange(MAX_MATCH + 1), "right") - 1  # of a match's length
-    in_m = probabilities.get("m", jnp.zeros(tokens.shape)) > 0
-    from_tables = jnp.where(in_m, SOURCE_NAMES.index("model"), SOURCE_NAMES.index("statistics"))
+    other_source = jnp.full(tokens.shape, SOURCE_NAMES.index("recycled"))
+    for name, letter in (("statistics", "s"), ("model", "m")):
+        if letter in asked:
+            other_source = jnp.where(probabilities[letter] > 0, SOURCE_NAMES.index(name), other_source)
     best_match = jnp.max(rank, axis=-1, initial=-1)
     favorite = jnp.max(jnp.where(rank == best_match[:, None], following, NO_TOKEN), axis=-1, initial=NO_TOKEN)
-    is_matched = (best_match >> 24 > 0)[:, None]
-    is_of_kind = is_matched & (jnp.asarray(kinds)[jnp.maximum(best_match, 0) >> 24][:, None] == jnp.arange(len(HIT_BOUNDS)))
+    match_classes = jnp.where(best_match >> 24 > 0, jnp.asarray(kinds)[jnp.maximum(best_match, 0) >> 24] + 1, 0)
+    is_of_kind = match_classes[:, None] == jnp.arange(1, len(HIT_BOUNDS) + 1)
     favorites = [jnp.where(is_of_kind, favorite[:, None], NO_TOKEN)]
-    favorites += [answers[x].tokens[:, :1] if x in answers else jnp.full((num_texts, 1), NO_TOKEN) for x in "ms"]
+    for letter in TABLES:
+        own = answers.tokens[:, asked.index(letter), :1] if letter in asked else jnp.full((num_texts, 1), NO_TOKEN)
+        favorites.append(own)
     return Candidates(
         tokens=tokens,
         is_candidate=is_candidate,
         matches=longest,
         places=best % (1 << 24),
-        sources=jnp.where(longest > 0, jnp.asarray(kinds)[longest], from_tables),
-        node_features=jnp.concatenate(node_features, axis=1),
+        sources=jnp.where(longest > 0, jnp.asarray(kinds)[longest], other_source),
         features=jnp.concatenate(features, axis=-1),
         fixed=_by_hierarchy(counts, totals, probabilities, is_candidate),
         favorites=jnp.concatenate(favorites, axis=1),
+        classes=match_classes,
+        recycled=recycled,
+        recycled_sums=sums[..., -1] if recycled is not None else jnp.zeros(tokens.shape),
     )
-
-
-def _matches(state: State, suffixes: jax.Array, max_match: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What followed the ends of texts earlier: tokens int32[Q, 2 RING] (or NO_TOKEN), places, and matches' lengths."""
-    size = state.text.shape[0]
-    newest_first = suffixes[:, ::-1]
-    short = state.short.places[_bucket(newest_first[:, :SHORT_KEY])]
-    long = state.long.places[_bucket(newest_first[:, :LONG_KEY])]
-    places = jnp.concatenate([short, long], axis=1)
-    num_compared = max(max_match, LONG_KEY)
-    back = jnp.arange(num_compared)
-    stood = places[:, :, None] - back
-    is_equal = (state.text[stood % size] == newest_first[:, None, :num_compared]) & (
-        stood >= jnp.maximum(state.num_seen - size, 0)
-    )
-    matches = jnp.sum(jnp.cumprod(is_equal.astype(jnp.int32), axis=-1), axis=-1)
-    is_long = np.arange(2 * RING) >= RING
-    matches = jnp.where((matches >= LONG_KEY) == is_long, matches, 0)  # each place in one of the rings
-    matches = jnp.minimum(matches, max_match)
-    return jnp.where(matches > 0, state.text[(places + 1) % size], NO_TOKEN), places, matches
 
 
 def _by_hierarchy(counts, totals, probabilities, is_candidate) -> jax.Array:
@@ -455,35 +401,45 @@ def _by_hierarchy(counts, totals, probabilities, is_candidate) -> jax.Array:
     return fixed
 
 
-def log_probabilities(net: dict[str, jax.Array], found: Candidates) -> jax.Array:
-    """The estimated log-probability of each candidate, float32[Q, I]; -inf where there is none."""
-    scores = network(net, found.node_features, found.features)
-    is_one = jnp.pad(found.is_candidate, ((0, 0), (0, 1)), constant_values=True)
-    return jax.nn.log_softmax(jnp.where(is_one, scores, -jnp.inf), axis=-1)[:, :-1]
+def log_probabilities(tables: dict[str, Any], found: Candidates) -> jax.Array:
+    """The log-probability of each candidate, float32[Q, I], by all sources but what was recycled; -inf of other candidates.
+
+    By the network, if the tables hold its weights, else by the hierarchy alone.
+    """
+    if "weights" not in tables:
+        return jnp.log(found.fixed)
+    places = np.arange(found.tokens.shape[1])
+    num_recycled = 0 if found.recycled is None else found.recycled.tokens.shape[1]
+    is_one = (found.is_candidate & (places < places[-1] - num_recycled)) | (places == places[-1])
+    return jax.nn.log_softmax(jnp.where(is_one, network(tables["weights"], found.features), -jnp.inf), axis=-1)
 
 
-def network(net: dict[str, jax.Array], node_features: jax.Array, features: jax.Array) -> jax.Array:
-    """Scores float32[Q, I + 1], whose softmax are probabilities, from float32[Q, Fn] and float32[Q, I + 1, Fc]."""
-    relu = functools.partial(jax.nn.leaky_relu, negative_slope=0.01)
-    hidden = relu(features @ net["features"] + (node_features @ net["node_features"] + net["bias"])[:, None, :])
-    return relu(hidden @ net["hidden"] + net["hidden_bias"]) @ net["out"]
+def network(net: dict[str, jax.Array], features: jax.Array) -> jax.Array:
+    """Scores float32[Q, I], whose softmax are probabilities, from float32[Q, I, F]."""
+    activate = lambda x: jnp.maximum(x, 0.01 * x)  # noqa: E731 - leaky ReLU
+    hidden = activate(features.reshape(-1, features.shape[-1]) @ net["features"] + net["bias"])
+    hidden = activate(hidden @ net["hidden"] + net["hidden_bias"])
+    return jnp.sum(hidden * net["out"], axis=-1).reshape(features.shape[:-1])
 
 
-def _with_tails(
-    prolonged: jax.Array, state: State, every: dict[str, jax.Array], is_expanded: jax.Array
-) -> dict[str, jax.Array]:
+def _best(scores: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array]:
+    """top_k with room for it: on a GPU, from 1024 scores on it is one kernel, of fewer a copy and a sort."""
+    return jax.lax.top_k(jnp.pad(scores, (0, max(1024 - scores.shape[0], 0)), constant_values=-jnp.inf), num_best)
+
+
+def _with_tails(prolonged: jax.Array, index: TextIndex, every: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The pool with the likeliest unexpanded nodes of the context's prolonged by what followed their matches."""
-    size = state.text.shape[0]
-    is_open = ~is_expanded & (every["matches"] > 0)
-    scores, starts = jax.lax.top_k(jnp.where(is_open, every["scores"], -jnp.inf), TAIL_STARTS)
+    size = index.text.shape[0]
+    is_open = ~every["is_expanded"] & (every["matches"] > 0)
+    scores, starts = _best(jnp.where(is_open, every["scores"], -jnp.inf), TAIL_STARTS)
     ahead = jnp.arange(1, TAIL_LENGTH + 1)
     places = every["places"][starts][:, None] + 1 + ahead  # the node itself stands one behind its match
     matches = jnp.minimum(every["matches"][starts][:, None] + ahead, MAX_MATCH)
-    steps = jnp.where(places < state.num_seen, prolonged[matches], -jnp.inf)
+    steps = jnp.where(places < index.num_seen, prolonged[matches], -jnp.inf)
     numbers = every["scores"].shape[0] + jnp.arange(TAIL_STARTS * TAIL_LENGTH).reshape(TAIL_STARTS, TAIL_LENGTH)
     tails = {
         "scores": scores[:, None] + jnp.cumsum(steps, axis=1),
-        "tokens": state.text[places % size],
+        "tokens": index.text[places % size],
         "sources": jnp.broadcast_to(every["sources"][starts][:, None], places.shape),
         "parents": jnp.concatenate([starts[:, None], numbers[:, :-1]], axis=1),
         "depths": every["depths"][starts][:, None] + ahead,

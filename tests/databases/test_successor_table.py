@@ -16,7 +16,7 @@ from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_TOKEN
 
 WIDTH = 8  # of the texts' ends that are looked up
-_lookup = jax.jit(successor_table.lookup)
+_lookup_all = jax.jit(successor_table.lookup)
 
 Contexts = dict[tuple[int, ...], tuple[int, dict[int, float]]]  # how often continued, and the kept successors
 
@@ -59,6 +59,11 @@ def _reference(documents: list[np.ndarray], max_order: int, num_successors: int,
 def _ends(texts: list[tuple[int, ...]]) -> jax.Array:
     """int32[Q, WIDTH], what precedes a text is NO_TOKEN."""
     return jnp.asarray([[NO_TOKEN] * (WIDTH - len(text)) + list(text[-WIDTH:]) for text in texts], jnp.int32)
+
+
+def _lookup(table: SuccessorTable, ends: jax.Array) -> Successors:
+    """What the first of the joined tables knows."""
+    return jax.tree.map(lambda x: x[:, 0], _lookup_all(table, ends))
 
 
 def _assert_as(found: Successors, row: int, context: tuple[int, ...], kept: Contexts) -> None:
@@ -201,6 +206,38 @@ def test_a_table_of_nothing_knows_nothing():
 def test_options_are_checked(name):
     with pytest.raises(ValueError, match="must be at least 1, not"):
         build(SuffixArray.build(_documents()), **{name: 0})
+    with pytest.raises(ValueError, match="max_order must be at most 7, not 8"):
+        build(SuffixArray.build(_documents()), max_order=8)
+
+
+def test_joined_tables_answer_as_each_does_alone():
+    makings = [(3, 8, 1), (5, 16, 2), (1, 4, 1), (2, 3, 10**6)]  # the last one knows nothing
+    tables = [
+        build(SuffixArray.build(_documents(9, seed)), max_order=order, num_successors=size, min_count=count)
+        for seed, (order, size, count) in enumerate(makings)
+    ]
+    rng = np.random.default_rng(5)
+    texts = [(), (1,), *(tuple(rng.integers(0, 10, WIDTH).tolist()) for _ in range(200))]
+    joined = successor_table.join(tables)
+    assert joined.num_contexts == sum(table.num_contexts for table in tables)
+    assert (joined.max_order, joined.num_successors) == (5, 16)
+    nested = successor_table.join([successor_table.join(tables[:2]), successor_table.join(tables[2:])])
+    for whole in (joined, nested):
+        found = _lookup_all(whole, _ends(texts))
+        for number, table in enumerate(tables):
+            own = _lookup(table, _ends(texts))
+            size = table.num_successors
+            for ours, theirs in zip(found, own, strict=True):
+                ours = np.asarray(ours[:, number])
+                np.testing.assert_array_equal(ours if ours.ndim == 1 else ours[:, :size], theirs)
+            assert np.all(np.asarray(found.tokens[:, number, size:]) == NO_TOKEN)
+    assert set(np.asarray(found.orders[:, 1]).tolist()) >= {0, 1, 2, 3}
+
+
+def test_tables_that_are_too_large_to_number_are_not_joined(monkeypatch):
+    monkeypatch.setattr(successor_table, "PLACE_BITS", 6)
+    with pytest.raises(ValueError, match="contexts are too large; at most 63"):
+        successor_table.join([build(SuffixArray.build(_documents()))] * 2)
 
 
 def test_running_text_that_is_too_long_is_refused(monkeypatch):

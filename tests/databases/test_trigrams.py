@@ -66,8 +66,8 @@ def test_the_successor_table_is_that_of_the_whole_corpus_if_nothing_was_left_out
     for first, second in counts.pairs[::5].tolist():
         suffix = jnp.asarray([[first, second]])
         expected, found = successor_table.lookup(whole, suffix), successor_table.lookup(table, suffix)
-        assert int(found.orders[0]) == 2 and int(found.counts[0]) == int(expected.counts[0])
-        as_row = lambda answer: dict(zip(answer.tokens[0].tolist(), answer.probabilities[0].tolist(), strict=True))  # noqa: E731
+        assert found.orders.tolist() == [[2]] and found.counts.tolist() == expected.counts.tolist()
+        as_row = lambda answer: dict(zip(answer.tokens[0, 0].tolist(), answer.probabilities[0, 0].tolist(), strict=True))  # noqa: E731
         # No tri-gram tells of a bigram before a separator or a document's end.
         assert as_row(found) == pytest.approx(as_row(expected), abs=0.02)
 
@@ -86,7 +86,7 @@ def test_what_was_left_out_of_a_pair_is_lent_by_its_second_token():
         for token, count in kept.items():
             expected[token] = expected.get(token, 0.0) + count / totals[pair]
         found = successor_table.lookup(table, jnp.asarray([pair]))
-        row = dict(zip(found.tokens[0].tolist(), found.probabilities[0].tolist(), strict=True))
+        row = dict(zip(found.tokens[0, 0].tolist(), found.probabilities[0, 0].tolist(), strict=True))
         row.pop(NO_TOKEN, None)
         assert row == pytest.approx({t: p for t, p in expected.items() if p >= successor_table.MIN_PROBABILITY}, abs=1e-5)
 

@@ -22,10 +22,7 @@ from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.drafters.hd_tree import (
     HIT_BOUNDS,
     HIT_RATE_STEP,
-    LONG_KEY,
     MATCH_LENGTHS,
-    MAX_MATCH,
-    RING,
     SOURCE_NAMES,
     START_HIT_RATES,
     SUBSETS,
@@ -38,14 +35,16 @@ from hd_jax.drafters.hd_tree import (
     hd_tree,
     log_probabilities,
     read,
-    recent,
     weights,
 )
+from hd_jax.drafters.text_index import LONG_KEY, MAX_MATCH, RING, recent
 from hd_jax.models.tokenizer import TOKEN_CLASSES
 
 SLOTS = 512
 HISTORY = 8192  # by default
 NUM_ASKED = 5
+NUM_OWN = len(MATCH_LENGTHS) + 2 + len(TOKEN_CLASSES) + 3 + 1  # features of a candidate alone
+OUT_OF_TEXT = 50  # tokens from here on are in no text and no database
 NUM_TOKENS = 3  # of random texts: few, so that keys repeat and none of their hashes meet
 _candidates = jax.jit(candidates, static_argnames=("sources", "max_match"))
 _read = jax.jit(lambda size, context: read(blank_state(size), context), static_argnums=0)
@@ -114,8 +113,10 @@ class Row:
         assert len(tokens) <= self.drafter.max_depth + 1, "no step appends more"
         self.text += [int(token) for token in tokens]
         tree = draft_tree.root_only(jnp.int32(0), self.drafter.num_nodes)
-        path, none = jnp.full(self.drafter.max_depth + 1, NO_NODE), jnp.zeros((self.drafter.num_nodes, 0))
-        feedback = Feedback(tree, tree.tokens, tree.tokens, none, none, path, jnp.int32(len(tokens)))
+        path, top = jnp.full(self.drafter.max_depth + 1, NO_NODE), (self.drafter.num_nodes, self.drafter.num_top_logits)
+        said = jnp.broadcast_to(OUT_OF_TEXT + jnp.arange(top[1]), top)  # by the model
+        logits = -jnp.broadcast_to(jnp.arange(top[1], dtype=jnp.float32), top)
+        feedback = Feedback(tree, tree.tokens, tree.tokens, said, logits, path, jnp.int32(len(tokens)))
         self.state = self._update(self.drafter.tables, self.state, self.context, feedback)
 
     def asked(self, suffixes: Sequence[Sequence[int]], sources: str, max_match: int = MAX_MATCH) -> Candidates:
@@ -143,7 +144,8 @@ def _assert_matches(found: Candidates, row: int, expected: list[Match], num_unre
     kept = tokens[found.is_candidate[row]].tolist()
     assert sorted(kept) == sorted({match.token for match in expected})
     totals = np.array([sum(match.length >= bound for match in expected) for bound in MATCH_LENGTHS])
-    np.testing.assert_allclose(found.node_features[row, : len(MATCH_LENGTHS)], np.log1p(totals) * 0.5, rtol=1e-5)
+    shared = found.features[row, :, NUM_OWN : NUM_OWN + len(MATCH_LENGTHS)]  # of the text, whatever the candidate
+    np.testing.assert_allclose(shared, np.broadcast_to(np.log1p(totals) * 0.5, shared.shape), rtol=1e-5)
     for place in np.flatnonzero(found.is_candidate[row]):
         own = [match for match in expected if match.token == tokens[place]]
         longest = max(match.length for match in own)
@@ -193,10 +195,10 @@ def test_a_long_copy_is_told_by_its_length():
 def test_newest_tokens():
     rng = np.random.default_rng(0)
     row = Row(hd_tree(_databases(), sources="c", history=64, remember=0), [2, 1])
-    assert recent(row.state).tolist() == [NO_TOKEN] * (MAX_MATCH - 2) + [2, 1]
+    assert recent(row.state.seen).tolist() == [NO_TOKEN] * (MAX_MATCH - 2) + [2, 1]
     for _ in range(12):
         row.append(_random(rng, 9))
-        assert recent(row.state).tolist() == ([NO_TOKEN] * MAX_MATCH + row.text)[-MAX_MATCH:]
+        assert recent(row.state.seen).tolist() == ([NO_TOKEN] * MAX_MATCH + row.text)[-MAX_MATCH:]
 
 
 @pytest.mark.parametrize("sources", SUBSETS)
@@ -236,8 +238,9 @@ def test_the_sources_answers_are_merged_by_token(sources):
 def _answer(drafter: Drafter, letter: str, suffix: Sequence[int]) -> dict[int, float]:
     """A table's successors, the likeliest first."""
     ends = jnp.asarray([([NO_TOKEN] * MAX_MATCH + list(suffix))[-MAX_MATCH:]], jnp.int32)
-    found = jax.jit(lookup)(drafter.tables[letter], ends)
-    pairs = zip(found.tokens[0].tolist(), found.probabilities[0].tolist(), strict=True)
+    found = jax.jit(lookup)(drafter.tables["successors"], ends)
+    number = 0 if letter == "m" else found.tokens.shape[1] - 1  # of the joined tables
+    pairs = zip(found.tokens[0, number].tolist(), found.probabilities[0, number].tolist(), strict=True)
     return {token: probability for token, probability in pairs if token != NO_TOKEN}
 
 
@@ -245,7 +248,7 @@ def _answer(drafter: Drafter, letter: str, suffix: Sequence[int]) -> dict[int, f
 def test_hit_rates_are_moving_averages_over_the_tokens_in_their_order(sources):
     rng = np.random.default_rng(3)
     row = Row(hd_tree(_databases(), sources=sources), _random(rng, 30))
-    rates, num_asked = list(START_HIT_RATES), np.zeros(len(SOURCE_NAMES), int)
+    rates, num_asked = list(START_HIT_RATES), np.zeros(len(START_HIT_RATES), int)
     for _ in range(15):
         before, new = list(row.text), _random(rng, rng.integers(1, 8))
         if rng.random() < 0.3:
@@ -265,7 +268,7 @@ def test_hit_rates_are_moving_averages_over_the_tokens_in_their_order(sources):
                 num_asked[source] += 1
         row.append(new)
         np.testing.assert_allclose(row.state.hit_rates, rates, rtol=1e-4)
-    letters = ("c", "c", "c", "c", "m", "s")
+    letters = ("c", "c", "c", "c", "m", "s")  # "r" has no hit rate
     assert all((asked > 0) == (letter in sources) for asked, letter in zip(num_asked, letters, strict=True))
 
 
@@ -276,7 +279,7 @@ def test_a_finished_row_teaches_nothing():
     row.append([])
     jax.tree.map(np.testing.assert_array_equal, row.state, before)
     row.append([1])
-    assert int(row.state.num_seen) == 41
+    assert int(row.state.seen.num_seen) == 41
 
 
 def test_the_shipped_weights_are_log_probabilities_for_every_choice_of_sources():
@@ -285,9 +288,11 @@ def test_the_shipped_weights_are_log_probabilities_for_every_choice_of_sources()
         text = _random(rng, 80)
         row = Row(hd_tree(_databases(), sources=sources), text, _read(HISTORY, _context(text, 80)))
         found = row.asked([text[-MAX_MATCH:], [9] * MAX_MATCH, text[:MAX_MATCH]], sources)
-        probabilities = np.exp(_log_probabilities(weights(sources), found))
-        assert np.all(probabilities[found.is_candidate] > 0) and np.all(probabilities[~found.is_candidate] == 0)
-        assert np.all(probabilities.sum(axis=1) < 1)
+        probabilities = np.exp(_log_probabilities({"weights": weights(sources)}, found))
+        assert not found.is_candidate[:, -1].any()
+        of_none, probabilities, is_candidate = probabilities[:, -1], probabilities[:, :-1], found.is_candidate[:, :-1]
+        assert np.all(probabilities[is_candidate] > 0) and np.all(probabilities[~is_candidate] == 0)
+        np.testing.assert_allclose(probabilities.sum(axis=1) + of_none, 1, rtol=1e-5)
         assert probabilities[0].sum() > 0.1
         prolonged = np.asarray(weights(sources)["prolonged"])
         assert prolonged.shape == (MAX_MATCH + 1,) and np.all(prolonged < 0)
@@ -303,13 +308,15 @@ class Node(NamedTuple):
 Path = tuple[int, ...]
 
 
-def _children(row: Row, path: Path, sources: str, is_learned: bool, max_match: int) -> dict[Path, Node]:
+def _children(row: Row, path: Path, sources: str, max_match: int) -> dict[Path, Node]:
     found = row.asked([[*row.text[-MAX_MATCH:], *path]], sources, max_match)
-    if is_learned:
-        scores = np.asarray(_log_probabilities(row.drafter.tables["weights"], found))[0]
-    else:
+    scores = np.asarray(_log_probabilities(row.drafter.tables, found))[0]
+    if found.recycled is not None:
+        share = row.state.recycled.shares[found.recycled.kinds[0], found.classes[0]]
+        told = dict(zip(found.recycled.tokens[0].tolist(), found.recycled.probabilities[0].tolist(), strict=True))
+        own = np.array([told.get(token, 0.0) if token != NO_TOKEN else 0.0 for token in found.tokens[0].tolist()])
         with np.errstate(divide="ignore"):
-            scores = np.log(found.fixed[0])
+            scores = np.log((1 - share) * np.exp(scores) + share * own)
     return {
         (*path, int(found.tokens[0, i])): Node(
             float(scores[i]), int(found.matches[0, i]), int(found.places[0, i]), int(found.sources[0, i])
@@ -318,18 +325,20 @@ def _children(row: Row, path: Path, sources: str, is_learned: bool, max_match: i
     }
 
 
-def _pool(row: Row, sources: str, *, rounds: int, width: int, is_learned: bool = True, max_match: int = MAX_MATCH):
+def _pool(row: Row, sources: str, *, rounds: int, width: int, max_match: int = MAX_MATCH):
     """All that a draft looks at, dict[Path, Node], one node after the other."""
     pool: dict[Path, Node] = {}
-    expanded: set[Path] = {()}
+    expanded: set[Path] = set()
     chosen: list[Path] = [()]
     for index in range(rounds):
+        level: list[Path] = []
         for path in chosen:
             base = pool[path].score if path else 0.0
-            for child, node in _children(row, path, sources, is_learned, max_match).items():
+            for child, node in _children(row, path, sources, max_match).items():
                 pool[child] = node._replace(score=base + node.score)
+                level.append(child)
         if index < rounds - 1:
-            chosen = sorted((path for path in pool if path not in expanded), key=lambda path: -pool[path].score)[:width]
+            chosen = sorted(level, key=lambda path: -pool[path].score)[:width]
             expanded.update(chosen)
     if "c" not in sources:
         return pool
@@ -365,6 +374,8 @@ def _paths(tree: DraftTree, drafter: Drafter) -> list[Path]:
 CASES: list[dict[str, Any]] = [
     *({"sources": sources, "rounds": 2, "width": 3} for sources in ("cms", "ms")),
     {"rounds": 3, "width": 2},
+    {"rounds": 3, "width": 4, "sources": "cmsr"},
+    {"rounds": 2, "width": 4, "sources": "csr", "estimates": "fixed"},
     {"estimates": "fixed", "rounds": 2, "width": 2, "max_match": 5},
     {"min_probability": 0.2, "rounds": 2, "width": 2},
     {"rounds": 1, "width": 1, "num_nodes": 2},
@@ -385,27 +396,33 @@ def test_the_tree_is_the_likeliest_nodes_of_the_pool(options):
         row, tree = _drafted(drafter, text)
         assert int(tree.tokens[0]) == text[-1]
         paths = _paths(tree, drafter)
-        pool = _pool(row, options["sources"], is_learned=options.get("estimates") != "fixed", **settings)
+        pool = _pool(row, options["sources"], **settings)
         ranked = {path: node.score - 1e-4 * len(path) for path, node in pool.items()}
         is_likely = {path for path, node in pool.items() if math.exp(node.score) > options["min_probability"]}
         best = sorted((ranked[path] for path in is_likely), reverse=True)[: options["num_nodes"] - 1]
         np.testing.assert_allclose([ranked[path] for path in paths], best, rtol=1e-3, atol=1e-4)
         assert tree.sources[1 : len(paths) + 1].tolist() == [pool[path].source for path in paths]
         num_drafted += len(paths)
+        if "r" in options["sources"] and length == 30:
+            assert SOURCE_NAMES.index("recycled") in tree.sources and np.any(tree.tokens >= OUT_OF_TEXT)
     assert num_drafted >= min(options["num_nodes"] - 1, 6)
     assert num_drafted < 3 * 16 or not options["min_probability"]
 
 
 def _drafted(drafter: Drafter, text: list[int]) -> tuple[Row, DraftTree]:
-    """What is drafted after a text with the hit rates of the start."""
-    row = Row(drafter, text, _read(HISTORY, _context(text, len(text))))
+    """What is drafted after a text, with the hit rates of the start unless the drafter recycles: then after one step."""
+    if drafter.num_top_logits:
+        row = Row(drafter, text[:-1])
+        row.append(text[-1:])
+    else:
+        row = Row(drafter, text, _read(HISTORY, _context(text, len(text))))
     return row, jax.jit(drafter.draft)(drafter.tables, row.state, row.context)
 
 
 @pytest.mark.parametrize("estimates", ["learned", "fixed"])
-def test_with_rounds_enough_the_tree_is_that_of_a_best_first_search(estimates):
+def test_with_rounds_and_width_enough_the_tree_is_that_of_a_best_first_search(estimates):
     num_nodes = 6
-    drafter = hd_tree(_databases(), estimates=estimates, rounds=num_nodes, width=2, num_nodes=num_nodes)
+    drafter = hd_tree(_databases(), estimates=estimates, rounds=num_nodes, width=num_nodes, num_nodes=num_nodes)
     row, tree = _drafted(drafter, _random(np.random.default_rng(8), 60))
     paths = _paths(tree, drafter)
     open_nodes: dict[Path, float] = {(): 0.0}
@@ -414,7 +431,7 @@ def test_with_rounds_enough_the_tree_is_that_of_a_best_first_search(estimates):
         path = max(open_nodes, key=lambda path: open_nodes[path] - 1e-4 * len(path))
         score = open_nodes.pop(path)
         expected.append(path)
-        for child, node in _children(row, path, "cms", estimates == "learned", MAX_MATCH).items():
+        for child, node in _children(row, path, "cms", MAX_MATCH).items():
             open_nodes[child] = score + node.score
     assert paths == expected[1:]
     assert max(map(len, paths)) > 1
@@ -468,7 +485,7 @@ def test_a_session_remembers_earlier_text_if_asked_to():
     new = row.renewed([*_random(rng, 30), *row.text[5:10]])
     np.testing.assert_array_equal(new.state.hit_rates, row.state.hit_rates)
     whole = row.text + new.text
-    assert int(new.state.num_seen) == len(whole)
+    assert int(new.state.seen.num_seen) == len(whole)
     found = new.asked([new.text[-MAX_MATCH:]], "c")
     _assert_matches(found, 0, _scan(whole, 128, new.text[-MAX_MATCH:]))
     assert found.places[0][found.is_candidate[0]].min() < len(row.text)
@@ -485,17 +502,18 @@ def test_a_chat_that_goes_on_is_not_read_twice():
     row = Row(drafter, _random(rng, 30))
     row.append(_random(rng, 8))
     new = row.renewed(row.text + _random(rng, 9))
-    assert int(new.state.num_seen) == len(new.text) and int(new.state.start) == 0
+    assert int(new.state.seen.num_seen) == len(new.text) and int(new.state.seen.start) == 0
     _assert_matches(new.asked([new.text[-MAX_MATCH:]], "c"), 0, _scan(new.text, 128, new.text[-MAX_MATCH:]))
     other = new.renewed([2, 1, 0, 2, 1, 0, 0, 1])
-    assert int(other.state.start) == len(new.text) and int(np.sum(other.state.occurrences)) == 8
+    assert int(other.state.seen.start) == len(new.text) and int(np.sum(other.state.seen.occurrences)) == 8
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sources": ""}, "sources are one of c, cm, cs, ms, cms, not ''"),
+        ({"sources": ""}, "sources are one of c, cm, cs, ms, cms, or with r after it, not ''"),
         ({"sources": "cx"}, "not 'cx'"),
+        ({"sources": "r"}, "or with r after it, not 'r'"),
         ({"sources": "cc"}, "not 'cc'"),
         ({"estimates": "guessed"}, "'learned' or 'fixed', not 'guessed'"),
         ({"max_match": 0}, "max_match must be at least 1, not 0"),
@@ -526,7 +544,7 @@ def test_the_order_of_the_letters_does_not_matter_and_the_context_needs_no_datab
 def test_the_same_options_compile_nothing_anew():
     first, second = hd_tree(_databases(), num_nodes=9), hd_tree(_databases(), num_nodes=9)
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    assert second.tables["m"] is first.tables["m"] and second.tables["s"] is first.tables["s"]
+    assert second.tables["successors"] is first.tables["successors"]
     assert jax.tree.structure(first) != jax.tree.structure(hd_tree(_databases(), num_nodes=10))
 
 

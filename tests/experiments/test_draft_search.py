@@ -60,7 +60,7 @@ def tree_search_rows(table, pairs):
     from hd_jax.databases.successor_table import lookup
 
     found = lookup(table, pairs)
-    return found.tokens, found.probabilities
+    return found.tokens[:, 0], found.probabilities[:, 0]
 
 
 def test_the_mctx_search_drafts_likely_paths(table):
@@ -89,11 +89,15 @@ def test_the_mctx_search_drafts_likely_paths(table):
 def test_a_variant_is_measured(databases):
     rng = np.random.default_rng(2)
     texts = [Turn(1, 0, "qa", 0, rng.integers(0, 30, 8).tolist(), rng.integers(0, 30, 40).tolist()) for _ in range(2)]
-    found = draft_search.variants(databases, ["best_first", "jax"], [8.0], [20], 16)
-    assert [variant.name for variant in found] == ["best_first, depth 4", "best_first, depth 6", "jax", "jax", "jax"]
-    rows = [draft_search.measure(variant, texts) for variant in (found[0], found[-1])]
+    found = draft_search.variants(databases, ["best_first", "jax", "waves"], [8.0], [20], 5, 16)
+    assert [variant.name for variant in found] == ["best_first, depth 4", "best_first, depth 6", *["jax"] * 3, *["waves"] * 2]
+    rows = [draft_search.measure(variant, texts) for variant in (found[0], found[4], found[-1])]
     head, body = draft_search.tables(rows)
-    assert body[0][:5] == ["best_first, depth 4", "", "", "", ""] and body[1][:5] == ["jax", "20", "8", "no", "15"]
+    assert [line[:6] for line in body] == [
+        ["best_first, depth 4", "", "", "", "", ""],
+        ["jax", "20", "1", "8", "no", "15"],
+        ["waves", "20", "5", "32", "no", "24"],
+    ]
     for row, line in zip(rows, body, strict=True):
         assert row["tokens"] == 80 and 1 <= row["tokens_per_step"] == 80 / row["steps"] and row["draft_us"] > 0
         assert len(line) == len(head)
@@ -111,9 +115,9 @@ def test_a_missing_package_is_named(databases, monkeypatch, name):
     monkeypatch.delitem(sys.modules, f"experiments.{name}_search", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=rf"variant {name} needs the package {name}.*pip install -e '.\[search\]'"):
-        draft_search.variants(databases, [name], [], [10], 16)
+        draft_search.variants(databases, [name], [], [10], 5, 16)
 
 
 def test_an_unknown_variant_is_named(databases):
-    with pytest.raises(ValueError, match="--variants names dfs; there are: best_first, jax, mctx, numba"):
-        draft_search.variants(databases, ["dfs"], [], [10], 16)
+    with pytest.raises(ValueError, match="--variants names dfs; there are: best_first, jax, waves, mctx, numba"):
+        draft_search.variants(databases, ["dfs"], [], [10], 5, 16)

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import fit_hd_tree
 from experiments.traces import Turn
-from hd_jax.drafters.hd_tree import MAX_MATCH
+from hd_jax.drafters.text_index import MAX_MATCH
 
 TABLES = {"classes": jnp.zeros(1, jnp.int32)}
 

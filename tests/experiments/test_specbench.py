@@ -73,12 +73,12 @@ class FakeModel:
 
     def library(self):
         def plain():
-            return types.SimpleNamespace(name="none", size=1)
+            return types.SimpleNamespace(name="none", size=1, renew=None)
 
         def pairs(num_nodes=2, letter="", remember=0):
             if num_nodes > 9:
                 raise ValueError(f"num_nodes {num_nodes} is too large")
-            return types.SimpleNamespace(name=f"pairs{letter}", size=num_nodes)
+            return types.SimpleNamespace(name=f"pairs{letter}", size=num_nodes, renew=remember or None)
 
         makers = {"none": plain, "pairs": pairs}
         make = lambda lm, name, **options: makers[name](**options)  # noqa: E731

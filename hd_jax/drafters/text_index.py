@@ -1,0 +1,149 @@
+"""A text so indexed that the places where its end stood before are found without reading it through.
+
+Places are kept by their last token, for short matches, and by their last LONG_KEY tokens, for long ones: the latest RING of
+each key. So the places of frequent tokens do not push those of long matches out.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hd_jax.draft_tree import NO_TOKEN
+from hd_jax.drafters.base import Context
+
+MAX_MATCH = 16  # tokens of a match that are compared
+RING = 16  # latest places that are remembered of a key
+SHORT_KEY, LONG_KEY = 1, 3  # tokens of the two keys
+NUM_BUCKETS = 4096  # of each kind of key, and of the occurrence counts
+
+
+class TextIndex(NamedTuple):
+    """One row's text and where what stands in it."""
+
+    text: jax.Array  # int32[T], a ring: place p stands at p % T
+    num_seen: jax.Array  # int32[], tokens ever written
+    start: jax.Array  # int32[], the place where the request begins
+    places: jax.Array  # int32[2 NUM_BUCKETS, RING], the latest of each key, or -1; short keys, then long ones
+    fills: jax.Array  # int32[2 NUM_BUCKETS], places ever written
+    occurrences: jax.Array  # int32[NUM_BUCKETS], of each token (modulo NUM_BUCKETS) in the request
+
+
+class Matches(NamedTuple):
+    """Where the ends of Q texts stood earlier, R = 2 RING places each; some hold no match."""
+
+    tokens: jax.Array  # int32[Q, R], that followed there, or NO_TOKEN
+    places: jax.Array  # int32[Q, R], of the last token that matches
+    lengths: jax.Array  # int32[Q, R], tokens that match; 0 for no match
+
+
+def blank(size: int) -> TextIndex:
+    """Nothing seen yet, and room for `size` tokens."""
+    return TextIndex(
+        text=jnp.full(size, NO_TOKEN, jnp.int32),
+        num_seen=jnp.int32(0),
+        start=jnp.int32(0),
+        places=jnp.full((2 * NUM_BUCKETS, RING), -1, jnp.int32),
+        fills=jnp.zeros(2 * NUM_BUCKETS, jnp.int32),
+        occurrences=jnp.zeros(NUM_BUCKETS, jnp.int32),
+    )
+
+
+def read(index: TextIndex, context: Context) -> TextIndex:
+    """The index of a prompt; of one that is longer than the ring, its end."""
+    size = min(index.text.shape[0], context.tokens.shape[0])
+    start = jnp.maximum(context.length - size, 0)
+    tokens = jax.lax.dynamic_slice_in_dim(context.tokens, start, size)
+    return append(index, tokens, context.length - start)
+
+
+def resume(index: TextIndex, context: Context) -> TextIndex:
+    """The index after another prompt. One that goes on from the last request, as in a chat, is read from there on."""
+    size = index.text.shape[0]
+    offsets = jnp.arange(min(size, context.tokens.shape[0]))
+    num_known = index.num_seen - index.start
+    is_known = (offsets >= num_known) | (index.text[(index.start + offsets) % size] == context.tokens[offsets])
+    goes_on = jnp.all(is_known) & (num_known <= jnp.minimum(len(offsets), context.length))
+    fresh = index._replace(start=index.num_seen, occurrences=jnp.zeros_like(index.occurrences))
+    index = jax.tree.map(functools.partial(jnp.where, goes_on), index, fresh)
+    num_known = jnp.where(goes_on, num_known, 0)
+    return read(index, context._replace(tokens=jnp.roll(context.tokens, -num_known), length=context.length - num_known))
+
+
+def recent(index: TextIndex) -> jax.Array:
+    """int32[MAX_MATCH]: the newest tokens, the newest last; NO_TOKEN where the text has not so many."""
+    places = index.num_seen - MAX_MATCH + jnp.arange(MAX_MATCH)
+    return jnp.where(places >= 0, index.text[places % index.text.shape[0]], NO_TOKEN)
+
+
+def append(index: TextIndex, tokens: jax.Array, num_tokens: jax.Array) -> TextIndex:
+    """The index after the first `num_tokens` of int32[P] tokens more."""
+    size = index.text.shape[0]
+    offsets = jnp.arange(tokens.shape[0])
+    is_new = offsets < num_tokens
+    text = index.text.at[jnp.where(is_new, (index.num_seen + offsets) % size, size)].set(tokens, mode="drop")
+    ends = index.num_seen + offsets - 1  # a place is indexed once the token behind it is known
+    buckets = _buckets(text[(ends[:, None] - jnp.arange(LONG_KEY)) % size]).T  # [2, P]
+    places, fills = _pushed(index.places, index.fills, buckets, ends, is_new & (ends >= 0))
+    return index._replace(
+        text=text,
+        num_seen=index.num_seen + num_tokens,
+        places=places,
+        fills=fills,
+        occurrences=index.occurrences.at[jnp.where(is_new, tokens % NUM_BUCKETS, NUM_BUCKETS)].add(1, mode="drop"),
+    )
+
+
+def matches(index: TextIndex, suffixes: jax.Array, max_match: int = MAX_MATCH) -> Matches:
+    """Where the texts that end with int32[Q, MAX_MATCH] suffixes stood, by at most `max_match` tokens."""
+    size = index.text.shape[0]
+    newest_first = suffixes[:, ::-1]
+    places = index.places[_buckets(newest_first)].reshape(-1, 2 * RING)
+    num_compared = max(max_match, LONG_KEY)
+    back = jnp.arange(num_compared)
+    stood = places[:, :, None] - back
+    differs = (index.text[stood % size] != newest_first[:, None, :num_compared]) | (
+        stood < jnp.maximum(index.num_seen - size, 0)
+    )
+    lengths = jnp.min(jnp.where(differs, back, num_compared), axis=-1)
+    is_long = np.arange(2 * RING) >= RING
+    lengths = jnp.where((lengths >= LONG_KEY) == is_long, lengths, 0)  # each place in one of the rings
+    lengths = jnp.minimum(lengths, max_match)
+    return Matches(jnp.where(lengths > 0, index.text[(places + 1) % size], NO_TOKEN), places, lengths)
+
+
+def _buckets(newest_first: jax.Array) -> jax.Array:
+    """The buckets int32[Q, 2] of the short and the long key of texts int32[Q, LONG_KEY or more], the newest token first."""
+    found = []
+    for kind, length in enumerate((SHORT_KEY, LONG_KEY)):
+        value = jnp.uint32(0x9E3779B1)
+        for column in range(length):
+            value = (value ^ newest_first[:, column].astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
+            value = value ^ (value >> 15)
+        found.append((value % NUM_BUCKETS).astype(jnp.int32) + kind * NUM_BUCKETS)
+    return jnp.stack(found, axis=1)
+
+
+def _pushed(
+    places: jax.Array, fills: jax.Array, buckets: jax.Array, new: jax.Array, is_new: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The rings after int32[P] new places in their order, those that are new, each in its int32[2, P] buckets."""
+    num_buckets = fills.shape[0]
+    buckets = jnp.where(is_new, buckets, num_buckets).reshape(-1)
+    by_bucket = jnp.argsort(buckets, stable=True)
+    buckets = buckets[by_bucket]
+    # A loop of binary searches is slow for the few places of a step, comparing all with all for those of a prompt.
+    search = functools.partial(jnp.searchsorted, buckets, buckets, method="compare_all" if len(buckets) < 128 else "scan")
+    first = search(side="left")
+    num_same = search(side="right") - first
+    rank = jnp.arange(len(buckets)) - first
+    slots = (fills[jnp.minimum(buckets, num_buckets - 1)] + rank) % RING
+    is_kept = rank >= num_same - RING  # one that the same call overwrites is not written
+    return (
+        places.at[jnp.where(is_kept, buckets, num_buckets), slots].set(jnp.tile(new, 2)[by_bucket], mode="drop"),
+        fills.at[buckets].add(1, mode="drop"),
+    )
