@@ -53,6 +53,7 @@ HIT_BOUNDS = (1, 3, 6, 10)  # shortest matches of the context's classes
 SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "model", "statistics", "recycled")
 START_HIT_RATES = (0.30, 0.60, 0.75, 0.90, 0.45, 0.45)
 HIT_RATE_STEP = 0.08  # weight of the newest outcome
+MAX_LEARNED = 8  # tokens of a step whose outcomes count, the first ones
 NUM_SUCCESSORS = 24  # of a context in the tables
 TAIL_STARTS, TAIL_LENGTH = 16, 10  # nodes that are prolonged, and by how much
 # The databases of "m" and "s", and how their successor tables are made.
@@ -264,13 +265,13 @@ def learn(
     tables, state: State, context: Context, tokens: jax.Array, num_tokens: jax.Array, sources: str, max_match: int
 ) -> State:
     """The state after the first `num_tokens` of int32[P] `tokens`: what it learns of them by what it knew, then the text."""
-    num_places = tokens.shape[0]
+    num_places = min(tokens.shape[0], MAX_LEARNED)
     line = jnp.concatenate([text_index.recent(state.seen), tokens])
     before = line[jnp.arange(num_places)[:, None] + jnp.arange(MAX_MATCH)]  # int32[P, H], the text before each token
     found = candidates(tables, state, context, before, sources, max_match)
-    favorites, is_new = found.favorites, jnp.arange(num_places) < num_tokens
+    favorites, learned, is_new = found.favorites, tokens[:num_places, None], jnp.arange(num_places) < num_tokens
     is_asked = (favorites != NO_TOKEN) & is_new[:, None]
-    is_hit = is_asked & (favorites == tokens[:, None])
+    is_hit = is_asked & (favorites == learned)
     # A moving average over the outcomes in their order: each weighs less by those that came after it.
     num_asked = jnp.sum(is_asked, axis=0)
     num_after = num_asked - jnp.cumsum(is_asked, axis=0)
@@ -278,7 +279,7 @@ def learn(
     hit_rates = state.hit_rates * kept**num_asked + HIT_RATE_STEP * jnp.sum(is_hit * kept**num_after, axis=0)
     recycled = state.recycled
     if found.recycled is not None:
-        is_right = found.is_candidate & (found.tokens == tokens[:, None])
+        is_right = found.is_candidate & (found.tokens == learned)
         sum_of = lambda values: jnp.sum(jnp.where(is_right, values, 0.0), axis=1)  # noqa: E731
         others, own = sum_of(jnp.exp(log_probabilities(tables, found))), sum_of(found.recycled_sums)
         recycled = recycled_rows.learn_shares(recycled, found.recycled, found.classes, others, own, is_new)
