@@ -523,7 +523,7 @@ def test_a_chat_that_goes_on_is_not_read_twice():
         ({"min_probability": 1.0}, r"min_probability in \[0, 1\)"),
         ({"min_probability": -0.1}, r"min_probability in \[0, 1\)"),
         ({"min_probability": float("nan")}, r"min_probability in \[0, 1\)"),
-        ({"history": 31}, "history must be at least 32, not 31"),
+        ({"history": 31, "rounds": 6}, "history must be at least 32, not 31"),
         ({"remember": -1}, "remember must be at least 0, not -1"),
         ({"num_nodes": 1}, "num_nodes must be at least 2, not 1"),
         ({"databases": None}, "the model_text database is missing"),
