@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, drafters, runner
+from hd_jax import draft_tree, drafters, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models import tokenizer as tokenizers
@@ -45,7 +45,13 @@ class Piece(NamedTuple):
     tokens: list[int]
 
 
-def load(name: str | os.PathLike | None = None, *, dtype: str | None = None, max_context: int | None = None) -> LM:
+def load(
+    name: str | os.PathLike | None = None,
+    *,
+    dtype: str | None = None,
+    max_context: int | None = None,
+    mesh: str | Mapping[str, int] | jax.sharding.Mesh | None = None,
+) -> LM:
     """Loads a model.
 
     The first load in a process turns JAX's persistent compilation cache on, in `~/.cache/hd_jax` (or in
@@ -56,18 +62,22 @@ def load(name: str | os.PathLike | None = None, *, dtype: str | None = None, max
         embedded model.
       dtype: "float32" or "bfloat16", of parameters and cache; by default the folder's, but float32 on CPU.
       max_context: tokens of prompt and answer together; at most, and by default, what the model's config allows.
+      mesh: of the devices that parameters and cache are split over: "data=2,model=4", such a dictionary, or a jax Mesh
+        (see `sharding.make_mesh`); None for one device. Batches must then be a multiple of `data`.
 
     Raises:
-      ValueError: there is no such model, or it is not one that can be run; the message says what would be.
+      ValueError: there is no such model, it is not one that can be run, there is no such mesh, or it does not divide the
+        model; the message says what would be right.
     """
     _enable_compilation_cache()
+    mesh = None if mesh is None else sharding.make_mesh(mesh)
     folder = weights.resolve(str(name)) if name is not None else EMBEDDED
-    config, params = weights.load(folder, dtype)
+    config, params = weights.load(folder, dtype, mesh)
     tokenizer = tokenizers.load(folder)
     if max_context is not None and not 1 < max_context <= config.max_context:
         raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")
     databases = Databases(folder / DATABASES, tokenizer.fingerprint, token_classes=tokenizer.token_classes)
-    return LM(config, Llama(config), params, tokenizer, str(folder), max_context or config.max_context, databases)
+    return LM(config, Llama(config, mesh=mesh), params, tokenizer, str(folder), max_context or config.max_context, databases)
 
 
 def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike | None = None, **options: Any) -> Drafter:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, loop, runner, sampling
+from hd_jax import draft_tree, loop, runner, sampling, sharding
 from hd_jax.drafters.base import Context, Drafter
 from hd_jax.drafters.none import none
 from hd_jax.models.llama import Llama, empty_cache
@@ -74,17 +74,19 @@ def check(
     sample: int = 0,
     exact: bool = False,
     num_rows: int = 1,
+    reference_lm: LM | None = None,
 ) -> Verdict:
     """Compares a candidate with plain decoding's answer to the same prompt.
 
     Args:
-      lm: the model of both.
+      lm: the model of both, as the candidate ran it.
       drafter: the candidate's.
       reference: by plain decoding.
       candidate: by `drafter`.
       temperature, top_k, top_p, seed, sample: of both.
       exact: both were decoded in exact mode, where any difference is a failure.
       num_rows: rows of the batch that the candidate was decoded in.
+      reference_lm: the same model as the reference ran it, where that was on another mesh.
 
     Raises:
       ValueError: the two have different prompts.
@@ -104,12 +106,13 @@ def check(
     text = [*prompt, *reference.tokens[:position]]
     options = Options(temperature=temperature, top_k=top_k, top_p=top_p)
     row = Row(list(prompt), seed % 2**32, sample)
-    plain = _last_logits(lm, none().num_nodes, 1, prompt, text)
+    reference_lm = reference_lm or lm
+    plain = _last_logits(reference_lm, none().num_nodes, sharding.num_row_parts(reference_lm.model.mesh), prompt, text)
     wide = _last_logits(lm, drafter.num_nodes, num_rows, prompt, text)
     # The same arithmetic on both sides: warped scores differ by at most this, where no border lies between them.
     scale = max(temperature, 1e-6) if temperature > 0 else 1.0
-    difference = float(jnp.max(jnp.abs(plain - wide))) / scale
-    gap = _gap(lm, plain, len(text), row, options)
+    difference = float(np.max(np.abs(plain - wide))) / scale
+    gap = _gap(lm, jnp.asarray(plain), len(text), row, options)
     tolerance = TOLERANCE * difference
     is_explained = gap <= tolerance
     verdict = "a near-tie" if is_explained else "not explained by arithmetic"
@@ -120,7 +123,7 @@ def _shown(result: Result, position: int) -> str:
     return str(result.tokens[position]) if position < len(result.tokens) else "ended"
 
 
-def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text: Sequence[int]) -> jax.Array:
+def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text: Sequence[int]) -> np.ndarray:
     """Logits float32[V] after the last token of `text`, by passes of `width` nodes from the prompt on, as decoding runs them.
 
     The text stands in every row of a batch of `num_rows`.
@@ -130,13 +133,16 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
     slots = runner.num_slots(len(text) + 1)
     buffer = np.zeros((num_rows, slots + width), np.int32)
     buffer[:, : len(text)] = text
-    cache = empty_cache(lm.config, num_rows, slots)
+    tokens = sharding.put(jnp.asarray(buffer), sharding.by_rows(lm.model.mesh))
+    cache = empty_cache(lm.config, num_rows, slots, lm.model.mesh)
     num_chunks = -(-(len(prompt) - 1) // runner.PREFILL_CHUNK)
     cache = loop.prefill(
-        lm.model, lm.params, cache, jnp.asarray(buffer), jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.PREFILL_CHUNK
+        lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.PREFILL_CHUNK
     )
     first = len(prompt) - 1
-    return _chain_logits(lm.model, lm.params, cache, jnp.asarray(buffer), jnp.int32(first), jnp.int32(len(text)), width=width)
+    return np.asarray(
+        _chain_logits(lm.model, lm.params, cache, tokens, jnp.int32(first), jnp.int32(len(text)), width=width)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width"))
@@ -156,7 +162,8 @@ def _chain_logits(model: Llama, params, cache, tokens: jax.Array, first: jax.Arr
         return start + count, loop.write_rows(cache, rows, starts), logits[0, count - 1]
 
     carry = (first, cache, jnp.zeros(model.config.vocab_size, jnp.float32))
-    return jax.lax.while_loop(lambda c: c[0] < end, body, carry)[2]
+    logits = jax.lax.while_loop(lambda c: c[0] < end, body, carry)[2]
+    return sharding.constrain(logits, sharding.replicated(model.mesh))
 
 
 def _gap(lm: LM, logits: jax.Array, position: int, row: Row, options: Options) -> float:

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, sampling, verify
+from hd_jax import draft_tree, sampling, sharding, verify
 from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
-from hd_jax.models.llama import Cache, Llama
+from hd_jax.models.llama import Cache, Llama, cache_sharding
 from hd_jax.sampling import Sampling, SamplingMode
 
 
@@ -125,7 +125,7 @@ def prefill(
         positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
         starts = jnp.broadcast_to(start, num_rows)
         out: Any = model.apply({"params": params}, piece, positions, mask, cache, starts, method="hidden")
-        return write_rows(cache, out[1], starts)
+        return sharding.constrain(write_rows(cache, out[1], starts), cache_sharding(model.config, model.mesh))
 
     return jax.lax.fori_loop(0, num_chunks, body, cache)
 
@@ -149,7 +149,7 @@ def refresh(drafter: Drafter, request: Request, state: State) -> Any:
     """What the drafter looks up on the host before a dispatch of steps, of all rows."""
     if drafter.refresh is None:
         return ()
-    fetched = (np.asarray(state.tokens), np.asarray(state.lengths), np.asarray(request.prompt_lengths))
+    fetched = tuple(sharding.fetch(x) for x in (state.tokens, state.lengths, request.prompt_lengths))
     found = [drafter.refresh(Context(*row)) for row in zip(*fetched, strict=True)]
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *found)
 
@@ -271,6 +271,12 @@ def step(
     return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_verified, axis=1)
 
 
+def _pinned(model: Llama, state: State) -> State:
+    """The state as it lies on the model's mesh: so the next dispatch finds what it was compiled for."""
+    rows = sharding.constrain(state._replace(cache=()), sharding.by_rows(model.mesh))
+    return rows._replace(cache=sharding.constrain(state.cache, cache_sharding(model.config, model.mesh)))
+
+
 @functools.partial(jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state")
 def run_steps(
     model: Llama | None,
@@ -298,6 +304,8 @@ def run_steps(
     def body(carry):
         index, state, record = carry
         state, num_appended, num_nodes = step(model, settings, params, drafter, request, host, state)
+        if model is not None:
+            state = _pinned(model, state)
         record = Record(record.num_appended.at[:, index].set(num_appended), record.num_nodes.at[:, index].set(num_nodes))
         return index + 1, state, record
 
@@ -305,32 +313,46 @@ def run_steps(
     return state, record
 
 
-@jax.jit
-def init_drafter(drafter: Drafter, request: Request, tokens: jax.Array, kept: Any) -> Any:
+@functools.partial(jax.jit, static_argnames="mesh")
+def init_drafter(
+    drafter: Drafter, request: Request, tokens: jax.Array, kept: Any, *, mesh: sharding.AnyMesh = None
+) -> Any:
     """The drafter's state for prompts int32[B, S]; `kept` is the state of an earlier request that it may renew, or None."""
     contexts = Context(tokens, request.prompt_lengths, request.prompt_lengths)
     if kept is not None and drafter.renew is not None:
-        return jax.vmap(drafter.renew, in_axes=(None, 0, 0))(drafter.tables, kept, contexts)
-    return jax.vmap(drafter.init, in_axes=(None, 0))(drafter.tables, contexts)
+        state = jax.vmap(drafter.renew, in_axes=(None, 0, 0))(drafter.tables, kept, contexts)
+    else:
+        state = jax.vmap(drafter.init, in_axes=(None, 0))(drafter.tables, contexts)
+    return sharding.constrain(state, sharding.by_rows(mesh))
 
 
-def start(drafter: Drafter, request: Request, cache: Cache, tokens: jax.Array, drafter_state: Any, num_logprobs: int) -> State:
+def start(
+    drafter: Drafter,
+    request: Request,
+    cache: Cache,
+    tokens: jax.Array,
+    drafter_state: Any,
+    num_logprobs: int,
+    *,
+    mesh: sharding.AnyMesh = None,
+) -> State:
     """The state before the first step; the cache holds all prompt tokens but the last of each row.
 
     Steps donate their state: what the caller keeps besides is copied.
     """
     num_rows, num_slots = tokens.shape
+    full = functools.partial(jnp.full, device=sharding.by_rows(mesh))
     logprobs = None
     if num_logprobs:
         top = (num_rows, num_slots, num_logprobs)
-        logprobs = Logprobs(jnp.zeros((num_rows, num_slots)), jnp.zeros(top), jnp.full(top, NO_TOKEN, jnp.int32))
+        logprobs = Logprobs(full((num_rows, num_slots), 0.0), full(top, 0.0), full(top, NO_TOKEN, jnp.int32))
     return State(
         cache=cache,
         tokens=jnp.array(tokens),
         lengths=jnp.array(request.prompt_lengths),
         is_finished=request.prompt_lengths >= request.limits,
-        sources=jnp.full((num_rows, num_slots), NO_SOURCE, jnp.int8),
+        sources=full((num_rows, num_slots), NO_SOURCE, jnp.int8),
         drafter=drafter_state,
-        counts=jnp.zeros((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), jnp.int32),
+        counts=full((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), 0, jnp.int32),
         logprobs=logprobs,
     )

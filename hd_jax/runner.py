@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import loop
+from hd_jax import loop, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
@@ -127,7 +127,7 @@ def run(
     Args:
       lm: the model.
       drafter: the method.
-      rows: their prompts must be checked (`check_prompt`).
+      rows: their prompts must be checked (`check_prompt`). On a mesh, axis `data` must divide their number.
       options: for all rows.
       sync_every: steps a dispatch; one with loop="host", and for a drafter that needs the host.
       kept_cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
@@ -140,9 +140,13 @@ def run(
         raise ValueError(f"logprobs must be at most the vocabulary's {lm.config.vocab_size}, not {options.logprobs}")
     if options.exact and drafter.num_nodes > EXACT_WIDTH:
         raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
+    mesh = lm.model.mesh
+    sharding.check_rows(len(rows), mesh)
+    by_rows = sharding.by_rows(mesh)
+    drafter = sharding.put(drafter, sharding.replicated(mesh))
     lengths = [len(row.prompt) for row in rows]
     slots = num_slots(max(_limit(lm, row, options) for row in rows))
-    cache = empty_cache(lm.config, len(rows), slots) if kept_cache is None else kept_cache
+    cache = empty_cache(lm.config, len(rows), slots, mesh) if kept_cache is None else kept_cache
     room = cache[0][0].shape[2]
     if room < slots:
         cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - room), (0, 0))), cache)
@@ -150,7 +154,7 @@ def run(
     buffer = np.zeros((len(rows), slots), np.int32)
     for index, row in enumerate(rows):
         buffer[index, : len(row.prompt)] = row.prompt
-    request = request_of(lm, rows, options)
+    request = sharding.put(request_of(lm, rows, options), by_rows)
     settings = loop.StepSettings(
         mode=sampling_mode(lm, options),
         num_logprobs=options.logprobs,
@@ -158,7 +162,7 @@ def run(
         width=EXACT_WIDTH if options.exact else 0,
     )
     sync_every = 1 if options.loop == "host" or drafter.refresh is not None else sync_every
-    tokens = jnp.asarray(buffer)
+    tokens = sharding.put(jnp.asarray(buffer), by_rows)
     num_chunks = -(-(max(lengths) - 1 - num_cached) // PREFILL_CHUNK)
 
     def fill(cache: Cache, num_chunks: int) -> Cache:
@@ -167,17 +171,17 @@ def run(
         )
 
     def dispatch(state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
-        host = loop.refresh(drafter, request, state)
+        host = sharding.put(loop.refresh(drafter, request, state), by_rows)
         return loop.run_steps(
             lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), sync_every=sync_every
         )
 
     def init() -> Any:
-        return loop.init_drafter(drafter, request, tokens, kept_drafter_state)
+        return loop.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
 
     clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
     cache = fill(cache, 0)
-    state = loop.start(drafter, request, cache, tokens, init(), options.logprobs)
+    state = loop.start(drafter, request, cache, tokens, init(), options.logprobs, mesh=mesh)
     state, record = dispatch(state, 0)
     jax.block_until_ready(state)
     compile_ms, clock = _lap(clock)
@@ -192,26 +196,26 @@ def run(
     is_done = False
     while not is_done:
         state, record = dispatch(state, sync_every)
-        appended, nodes = np.asarray(record.num_appended), np.asarray(record.num_nodes)
+        appended, nodes = sharding.fetch(record.num_appended), sharding.fetch(record.num_nodes)
         for index in range(len(rows)):
             accept_lengths[index] += appended[index][appended[index] > 0].tolist()
             num_nodes[index] += nodes[index][appended[index] > 0].tolist()
         generated = _generated(state, lengths)
-        is_finished = np.asarray(state.is_finished)
+        is_finished = sharding.fetch(state.is_finished)
         if options.stop:
             for index, ids in enumerate(generated):
                 if stopped_at[index] is None:
                     stopped_at[index] = _find_stop(lm.tokenizer, ids, options.stop)
             is_finished = is_finished | np.array([end is not None for end in stopped_at])
-            state = state._replace(is_finished=jnp.asarray(is_finished))
+            state = state._replace(is_finished=sharding.put(jnp.asarray(is_finished), by_rows))
             generated = [ids[:end] for ids, end in zip(generated, stopped_at, strict=True)]
         is_done = bool(np.all(is_finished))
         decode_ms += _lap(clock)[0]
         results = []
         if is_done:
             times = (compile_ms, prefill_ms, decode_ms)
-            logprobs = jax.tree.map(np.asarray, state.logprobs)
-            sources, counts = np.asarray(state.sources), np.asarray(state.counts)
+            logprobs = jax.tree.map(sharding.fetch, state.logprobs)
+            sources, counts = sharding.fetch(state.sources), sharding.fetch(state.counts)
             for index, (row, start) in enumerate(zip(rows, lengths, strict=True)):
                 results.append(
                     _result(
@@ -292,7 +296,7 @@ def _lap(since: float) -> tuple[float, float]:
 
 
 def _generated(state: loop.State, lengths: list[int]) -> list[list[int]]:
-    tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
+    tokens, ends = sharding.fetch(state.tokens), sharding.fetch(state.lengths)
     return [tokens[i, start : ends[i]].tolist() for i, start in enumerate(lengths)]
 
 

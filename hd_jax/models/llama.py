@@ -31,6 +31,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hd_jax import sharding
 from hd_jax.models.config import ModelConfig, RopeConfig
 
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
@@ -40,10 +41,16 @@ PRECISION = jax.lax.Precision.HIGHEST
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
-def empty_cache(config: ModelConfig, num_rows: int, num_slots: int) -> Cache:
+def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: sharding.AnyMesh = None) -> Cache:
     """Zeroed keys and values, [B, K, S, D] a layer."""
     shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
-    return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
+    zeros = lambda: jnp.zeros(shape, config.dtype, device=cache_sharding(config, mesh))  # noqa: E731
+    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+
+
+def cache_sharding(config: ModelConfig, mesh: sharding.AnyMesh) -> jax.sharding.NamedSharding | None:
+    """Of every array of a cache and of new keys and values."""
+    return sharding.named(mesh, config, "rows", "kv_heads")
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
@@ -226,11 +233,13 @@ class Llama(nn.Module):
     """Llama, Mistral, Qwen2 and Qwen3; parameter names are Hugging Face's, nested (see `models.weights`).
 
     `dot_general` replaces every product with a weight and `attend_fn` replaces `attend`: training passes its own.
+    `mesh` is the one that parameters and cache are split over.
     """
 
     config: ModelConfig
     dot_general: Callable[..., jax.Array] = jax.lax.dot_general
     attend_fn: Callable[..., jax.Array] = attend
+    mesh: sharding.AnyMesh = None
 
     def setup(self):
         c = self.config
@@ -267,18 +276,21 @@ class Llama(nn.Module):
         frequencies, scale = rope_frequencies(c.rope, c.head_dim)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
-        x = jnp.take(self.embed_tokens, tokens, axis=0)
+        by_rows = sharding.by_rows(self.mesh)
+        x = sharding.constrain(jnp.take(self.embed_tokens, tokens, axis=0), by_rows)
         rows = []
         for index, layer in enumerate(self.layers):
             cached = None if cache is None else cache[index]
             x, new = layer(x, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype)
-            rows.append(new)
+            x = sharding.constrain(x, by_rows)
+            rows.append(sharding.constrain(new, cache_sharding(c, self.mesh)))
         return self.norm(x), tuple(rows)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32[..., V], of hidden states [..., E]."""
         contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return self.dot_general(hidden, self.lm_head, contract, precision=PRECISION, preferred_element_type=jnp.float32)
+        logits = self.dot_general(hidden, self.lm_head, contract, precision=PRECISION, preferred_element_type=jnp.float32)
+        return sharding.constrain(logits, sharding.by_rows(self.mesh))
 
     def __call__(self, *args, **kwargs) -> tuple[jax.Array, Cache]:
         """Logits float32[B, T, V] and the new tokens' keys and values; see `hidden` for the arguments."""

@@ -32,6 +32,7 @@ import safetensors.numpy
 import tokenizers
 from flax import traverse_util
 
+from hd_jax import sharding
 from hd_jax.models import llama
 from hd_jax.models.config import ModelConfig, from_hf, to_hf
 
@@ -77,7 +78,9 @@ def resolve(name: str | os.PathLike[str], *, has_weights: bool = True) -> pathli
         ) from error
 
 
-def load(name: str | os.PathLike[str], dtype: str | None = None) -> tuple[ModelConfig, Any]:
+def load(
+    name: str | os.PathLike[str], dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, Any]:
     """The config and the parameters of a model, by a folder or hub name; see `load_hf` and `load_orbax`.
 
     Raises:
@@ -86,9 +89,9 @@ def load(name: str | os.PathLike[str], dtype: str | None = None) -> tuple[ModelC
     folder = resolve(name)
     read_config(folder)
     if (folder / _SAFETENSORS).exists() or (folder / _INDEX).exists():
-        return load_hf(folder, dtype)
+        return load_hf(folder, dtype, mesh)
     if (folder / _ORBAX).is_dir():
-        return load_orbax(folder, dtype)
+        return load_orbax(folder, dtype, mesh)
     expected = f"neither {_SAFETENSORS}, nor {_INDEX}, nor an Orbax checkpoint {_ORBAX}/"
     if list(folder.glob("*.bin")) + list(folder.glob("*.bin.index.json")):
         raise ValueError(
@@ -131,21 +134,26 @@ def stored_dtype(folder: pathlib.Path) -> str:
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
-def load_hf(folder: pathlib.Path, dtype: str | None = None) -> tuple[ModelConfig, Any]:
-    """Reads safetensors, one or several files, a tensor at a time.
+def load_hf(
+    folder: pathlib.Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, Any]:
+    """Reads safetensors, one or several files: of each tensor in turn, the parts that this host's devices hold.
 
     Args:
       folder: with config.json and the weights.
       dtype: "float32" or "bfloat16". By default float32 on CPUs, where bfloat16 is slow; elsewhere float32 for weights
         stored in it, and bfloat16 for the others.
+      mesh: that the parameters are split over, as `sharding` says; None for this process's first device.
 
     Returns:
-      The config, its `dtype` set, and the parameters of `llama.Llama`, on the default device.
+      The config, its `dtype` set, and the parameters of `llama.Llama`.
 
     Raises:
-      ValueError: the config is not supported, or tensors are missing, unknown or of another shape: all of them named.
+      ValueError: the config is not supported, or tensors are missing, unknown or of another shape: all of them named; or
+        the mesh does not divide the model.
     """
     config = _model_config(folder, dtype)
+    sharding.check(config, mesh)
     files = _safetensors_files(folder)
     shapes = _shapes(config)
     with contextlib.ExitStack() as stack:
@@ -155,7 +163,14 @@ def load_hf(folder: pathlib.Path, dtype: str | None = None) -> tuple[ModelConfig
             where |= {name: opened for name in opened.keys() if not _is_derived(name, config)}
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
         _check(folder, found, {_hf_name(path): shape for path, shape in shapes.items()})
-        flat = {path: jnp.asarray(where[name].get_tensor(name), config.dtype) for path in shapes for name in [_hf_name(path)]}
+        flat = {}
+        for path, shape in shapes.items():
+            stored = where[_hf_name(path)].get_slice(_hf_name(path))
+
+            def read(index: tuple[slice, ...], stored: Any = stored) -> np.ndarray:
+                return stored[index].astype(jnp.dtype(config.dtype))
+
+            flat[path] = jax.make_array_from_callback(shape, sharding.parameter(mesh, config, path), read)
     return config, traverse_util.unflatten_dict(flat)
 
 
@@ -206,14 +221,15 @@ def export_hf(
         _write_json(folder / name, content)
 
 
-def load_orbax(folder: pathlib.Path, dtype: str | None = None) -> tuple[ModelConfig, Any]:
+def load_orbax(
+    folder: pathlib.Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, Any]:
     """Reads a folder that `save_orbax` wrote; arguments, result and errors are those of `load_hf`."""
     import orbax.checkpoint as ocp  # Slow to import, and of no use for safetensors.
 
     config = _model_config(folder, dtype)
+    sharding.check(config, mesh)
     shapes = _shapes(config)
-    # Without a sharding, a checkpoint could be restored only onto devices like those that it was saved from.
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         path = (folder / _ORBAX).absolute()
         try:
@@ -222,8 +238,11 @@ def load_orbax(folder: pathlib.Path, dtype: str | None = None) -> tuple[ModelCon
             raise ValueError(f"{path} is not an Orbax checkpoint of parameters ({error})") from error
         found = {"/".join(key): tuple(leaf.shape) for key, leaf in stored.items()}
         _check(folder, found, {"/".join(key): shape for key, shape in shapes.items()})
-        dtype = config.dtype
-        target = {key: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding) for key, shape in shapes.items()}
+        # Without a sharding, a checkpoint could be restored only onto devices like those that it was saved from.
+        target = {
+            key: jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding.parameter(mesh, config, key))
+            for key, shape in shapes.items()
+        }
         return config, checkpointer.restore(path, traverse_util.unflatten_dict(target))
 
 
@@ -313,7 +332,7 @@ def _safetensors_files(folder: pathlib.Path) -> Sequence[pathlib.Path]:
 
 def _open(file: pathlib.Path) -> Any:
     try:
-        return safetensors.safe_open(file, framework="flax")  # The numpy form knew no bfloat16 for long.
+        return safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from error
 
