@@ -179,8 +179,8 @@ def _put(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 
 def _count(counts: jax.Array, kind: int, sources: jax.Array, depths: jax.Array, is_counted: jax.Array) -> jax.Array:
     """Adds one for each of [B, any] nodes that is counted; `kind` 0 is proposed, 1 accepted."""
-    rows = jnp.arange(counts.shape[0])[:, None]
-    return counts.at[rows, kind, jnp.maximum(sources, 0), depths].add(is_counted.astype(jnp.int32), mode="drop")
+    add = lambda c, s, d, is_one: c.at[kind, s, d].add(is_one.astype(jnp.int32), mode="drop")  # noqa: E731
+    return jax.vmap(add)(counts, jnp.maximum(sources, 0), depths, is_counted)
 
 
 def _logprobs(logits: jax.Array, tokens: jax.Array, num_top: int) -> Logprobs:

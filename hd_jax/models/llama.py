@@ -276,21 +276,23 @@ class Llama(nn.Module):
         frequencies, scale = rope_frequencies(c.rope, c.head_dim)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
-        by_rows = sharding.by_rows(self.mesh)
+        by_rows, by_heads = sharding.by_rows(self.mesh), cache_sharding(c, self.mesh)
         x = sharding.constrain(jnp.take(self.embed_tokens, tokens, axis=0), by_rows)
         rows = []
         for index, layer in enumerate(self.layers):
-            cached = None if cache is None else cache[index]
+            cached = None if cache is None else sharding.constrain(cache[index], by_heads)
             x, new = layer(x, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype)
             x = sharding.constrain(x, by_rows)
-            rows.append(sharding.constrain(new, cache_sharding(c, self.mesh)))
+            rows.append(sharding.constrain(new, by_heads))
         return self.norm(x), tuple(rows)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32[..., V], of hidden states [..., E]."""
         contract = (((hidden.ndim - 1,), (1,)), ((), ()))
         logits = self.dot_general(hidden, self.lm_head, contract, precision=PRECISION, preferred_element_type=jnp.float32)
-        return sharding.constrain(logits, sharding.by_rows(self.mesh))
+        # In two steps: in one, the compiler may gather the head's weights rather than the logits.
+        is_split = sharding.named(self.mesh, self.config, "rows", *[None] * (hidden.ndim - 2), "vocab")
+        return sharding.constrain(sharding.constrain(logits, is_split), sharding.by_rows(self.mesh))
 
     def __call__(self, *args, **kwargs) -> tuple[jax.Array, Cache]:
         """Logits float32[B, T, V] and the new tokens' keys and values; see `hidden` for the arguments."""
