@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -31,6 +32,43 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     # absl shows what is logged at INFO level; JAX tells there which kinds of device it did not find.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=parse)
+
+
+def define_mesh_flags() -> None:
+    """Defines --mesh, and the flags of a run by several processes; see `join_processes`."""
+    flags.DEFINE_string("mesh", None, "Devices: data=2,model=4 splits batches in 2 and the model in 4; by default one device.")
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, the same for all processes of a run on several hosts; or auto, where the cluster (Slurm, "
+        "Open MPI, Kubernetes, Cloud TPU) tells. By default JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID "
+        "of the environment.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Of the run.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Of this process, from 0.", lower_bound=0)
+
+
+def join_processes() -> None:
+    """Joins this process to the others of its run, by the flags or the environment; nothing where neither names any.
+
+    Raises:
+      ValueError: something is missing that no cluster tells, or out of range.
+    """
+    import jax  # Late, so that flag errors come at once.
+
+    names = ("coordinator_address", "num_processes", "process_id")
+    given = {name: flags.FLAGS[name].value for name in names}
+    found = {name: os.environ.get(f"JAX_{name.upper()}") if value is None else value for name, value in given.items()}
+    if all(value is None for value in found.values()):
+        return
+    address, *numbers = found.values()
+    try:
+        jax.distributed.initialize(None if address == "auto" else address, *(n if n is None else int(n) for n in numbers))
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"the processes of this run cannot be joined ({error}): each needs --coordinator_address=HOST:PORT, "
+            f"--num_processes and --process_id, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
 
 
 def _fail(error: object) -> NoReturn:

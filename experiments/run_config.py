@@ -35,6 +35,7 @@ class RunConfig:
     dtype: str | None
     seed: int
     batch_size: int
+    mesh: str | None
     exact: bool
     warm: bool = False
 

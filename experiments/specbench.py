@@ -87,8 +87,12 @@ class Bench:
                 raise ValueError(
                     f"method {method.label}: there is no drafter {method.drafter!r}; known: {', '.join(library.makers)}"
                 )
+        from hd_jax import sharding
+
         self.library, self.config = library, config
-        self.lm = library.load(config.model, dtype=config.dtype)
+        self._row_parts = sharding.mesh_sizes(config.mesh)["data"] if config.mesh else 1
+        sharding.check_rows(config.batch_size, self._row_parts)
+        self.lm = library.load(config.model, dtype=config.dtype, mesh=config.mesh)
         self.drafters: dict[str, Any] = {}
         self.sessions: dict[str, Any] = {}  # of warm methods
         for method in methods:
@@ -114,7 +118,7 @@ class Bench:
         self.warm_up(label, len(prompts), max(map(self.num_prompt_tokens, prompts)))
         if label in self.sessions:
             return [self._go_on(self.sessions[label], prompts[0], seeds[0])]
-        return self._generate(label, prompts, seeds, self.config.max_new_tokens)
+        return self._generate(label, prompts, seeds, self.config.max_new_tokens)[: len(prompts)]
 
     def _go_on(self, session: Any, messages: list[dict[str, str]], seed: int) -> Any:
         """A Result of a session that keeps what its drafter learned, but no cache: its prefill is that of other methods."""
@@ -139,6 +143,9 @@ class Bench:
             self._generate(label, [prompt] * num_rows, [0] * num_rows, max_new_tokens)
 
     def _generate(self, label: str, prompts: list[Any], seeds: list[int], max_new_tokens: int) -> list[Any]:
+        """Results of the prompts, and of the last one again until the mesh divides the batch."""
+        num_missing = -len(prompts) % self._row_parts
+        prompts, seeds = prompts + prompts[-1:] * num_missing, seeds + seeds[-1:] * num_missing
         is_single = len(prompts) == 1  # is not sent as a batch
         out = self.library.generate(
             self.lm,
@@ -162,7 +169,7 @@ class Bench:
             temperature=config.temperature,
             seed=seed,
             exact=config.exact,
-            num_rows=num_rows,
+            num_rows=num_rows + -num_rows % self._row_parts,
         )
         kept = ("is_equal", "is_explained", "position", "gap", "tolerance", "message")
         return {name: getattr(verdict, name) for name in kept}
@@ -201,19 +208,24 @@ class Bench:
 def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
     """Runs what `folder` does not hold yet, and writes the report.
 
+    Of several processes, all read the folder before the first one writes to it: it must be the same one for all.
+
     Returns:
-      The tables for the terminal.
+      The tables for the terminal; an empty text in the processes that do not write.
 
     Raises:
       ValueError: bad settings, questions or answer files.
       OSError: a file cannot be read or written.
       UnexplainedDifference: the answers up to and with the one that differs are in `folder`.
     """
+    import jax  # Late, so that flag errors come at once.
+
     methods = [run_config.parse_method(text) for text in config.methods]
     chosen = questions.select(questions.read(config.questions or questions.EMBEDDED), config.tasks, config.limit)
     if config.warm and config.batch_size > 1:
         raise ValueError(f"a session answers one question at a time: --warm needs --batch_size=1, not {config.batch_size}")
-    with _claimed(folder):
+    is_writer = jax.process_index() == 0  # All processes decode the same; one writes.
+    with _claimed(folder) if is_writer else contextlib.nullcontext():
         bench = Bench(library, config, methods)
         chosen, skipped = _split_by_length(bench, chosen)
         facts = run_config.describe(config, bench.lm, chosen, skipped)
@@ -225,8 +237,9 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
         if num_done < num_all:  # Whatever a method cannot do shows here, before anything is written.
             for label in paths:
                 bench.warm_up(label, len(batches[0]), 1)
-        run_config.write(folder, facts)
-    with tqdm.tqdm(total=num_all, initial=num_done, unit="answer", dynamic_ncols=True) as progress:
+        if is_writer:
+            run_config.write(folder, facts)
+    with tqdm.tqdm(total=num_all, initial=num_done, unit="answer", dynamic_ncols=True, disable=not is_writer) as progress:
         start, timed_tasks = 0, set()
         for batch in batches:
             rows = slice(start, start + len(batch))
@@ -237,7 +250,8 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
                     plain = [] if label == PLAIN else stored[PLAIN][rows]
                     is_timed = label != PLAIN and batch[0].task not in timed_tasks
                     new = bench.answer(label, batch, plain, is_draft_timed=is_timed)[num_stored:]
-                    answers.append(path, new)
+                    if is_writer:
+                        answers.append(path, new)
                     stored[label] += new
                     progress.update(len(new))
                 for answer in stored[label][rows]:
@@ -246,6 +260,8 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
                         raise UnexplainedDifference(f"{label} differs from plain decoding without a near-tie in {difference}")
             start += len(batch)
             timed_tasks.add(batch[0].task)
+    if not is_writer:
+        return ""
     title = f"Spec-Bench: {facts['model']['name']}, temperature {config.temperature:g}"
     return report.write(folder, title, stored, skipped, _fact_lines(config, facts))
 
@@ -306,7 +322,7 @@ def _fact_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     where = facts["environment"]
     return [
         f"{len(facts['questions']['question_ids'])} questions, at most {config.max_new_tokens} tokens a turn, batch size "
-        f"{config.batch_size}, {'exact' if config.exact else 'fast'} mode, seed {config.seed}; {where['device']} "
+        f"{config.batch_size}{f', mesh {config.mesh}' if config.mesh else ''}, {'exact' if config.exact else 'fast'} mode, seed {config.seed}; {where['device']} "
         f"({where['num_cpus']} CPU cores), jax {where['jax']}.",
         "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
     ]
@@ -328,6 +344,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Keys the noise of sampling, with the question's place in its file.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "Questions decoded together.", lower_bound=1)
     flags.DEFINE_bool("warm", False, "Also run methods that can remember earlier requests in a session of all questions.")
+    program.define_mesh_flags()
     flags.DEFINE_bool("exact", False, "Exact mode: slower, and no difference is explained.")
     flags.DEFINE_string("resume", None, "Folder of a run to go on with, by its own config.")
     flags.DEFINE_string("output_dir", None, "Folder for the results; by default results/<date-time>.")
@@ -359,9 +376,11 @@ def main(argv: Sequence[str]) -> None:
         folder = pathlib.Path(values.output_dir or f"results/{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
         if (folder / CONFIG_FILE).exists():
             raise ValueError(f"{folder} holds a run: go on with --resume={folder}, or give another --output_dir")
+    program.join_processes()
     try:
-        print(run(config, folder, Library.default()))
-        print(f"Written to {folder}")
+        tables = run(config, folder, Library.default())
+        if tables:
+            print(f"{tables}\nWritten to {folder}")
     except UnexplainedDifference as error:
         print(f"error: {error}; the answers are in {folder}", file=sys.stderr)
         sys.exit(1)

@@ -93,6 +93,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_steps", 32, "Steps a round.", lower_bound=1)
     flags.DEFINE_integer("num_rounds", 7, "Rounds; medians over them are reported.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters and cache; by default the model's.")
+    flags.DEFINE_string("mesh", None, "Devices that the model is split over, as model=4; by default one.")
     flags.DEFINE_bool("transformers", False, "Also time Hugging Face transformers (needs torch).")
     flags.DEFINE_string("output_dir", None, "Folder for step_cost.json and step_cost.md; by default nothing is written.")
 
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--nodes={','.join(values.nodes)}: whole numbers are needed, as in --nodes=1,4,16") from None
     if not sizes or min(sizes) < 1 or max(sizes) > runner.RESERVE:
         raise ValueError(f"--nodes={','.join(values.nodes)}: sizes are from 1 to {runner.RESERVE}")
-    lm = decode.load(values.model, dtype=values.dtype)
+    lm = decode.load(values.model, dtype=values.dtype, mesh=values.mesh)
     if values.context + values.num_steps > lm.max_context:
         raise ValueError(
             f"--context={values.context} and {values.num_steps} steps exceed the model's context of {lm.max_context}"
@@ -128,7 +129,8 @@ def main(argv: Sequence[str]) -> None:
     head = ["step", "median ms", "min", "max", f"over {sizes[0]} nodes"]
     body = [[n, f"{medians[n]:.2f}", f"{min(t):.2f}", f"{max(t):.2f}", f"{medians[n] / base:.2f}"] for n, t in times.items()]
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
-    facts = f"{lm.config.dtype}, {values.context} tokens of context, {device}"
+    mesh = f"mesh {values.mesh}, " if values.mesh else ""
+    facts = f"{lm.config.dtype}, {mesh}{values.context} tokens of context, {device}"
     print(f"{facts}\n{report.aligned(head, body)}")
     if values.output_dir:
         folder = pathlib.Path(values.output_dir)

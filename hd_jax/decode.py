@@ -96,7 +96,8 @@ def make_drafter(lm: LM, name: str, *, databases: Databases | str | os.PathLike 
         databases = lm.databases
     elif not isinstance(databases, Databases):
         databases = Databases(databases, lm.tokenizer.fingerprint, token_classes=lm.tokenizer.token_classes)
-    return drafters.make(name, databases, options, vocab_size=lm.config.vocab_size)
+    drafter = drafters.make(name, databases, options, vocab_size=lm.config.vocab_size)
+    return sharding.put(drafter, sharding.replicated(lm.model.mesh))
 
 
 def generate(

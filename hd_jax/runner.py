@@ -141,7 +141,7 @@ def run(
     if options.exact and drafter.num_nodes > EXACT_WIDTH:
         raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
     mesh = lm.model.mesh
-    sharding.check_rows(len(rows), mesh)
+    sharding.check_rows(len(rows), sharding.num_row_parts(mesh))
     by_rows = sharding.by_rows(mesh)
     drafter = sharding.put(drafter, sharding.replicated(mesh))
     lengths = [len(row.prompt) for row in rows]

@@ -68,7 +68,7 @@ def make_mesh(mesh: str | Mapping[str, int] | Mesh) -> Mesh:
             raise ValueError(f"the mesh has axes {', '.join(mesh.axis_names)}; it needs {' and '.join(AXES)}")
         # Explicit axes would ask for a sharding at every operation.
         return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(AXES))
-    sizes = {axis: 1 for axis in AXES} | mesh_sizes(mesh)
+    sizes = mesh_sizes(mesh)
     shown = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     num_devices, wanted = jax.device_count(), math.prod(sizes.values())
     if wanted > num_devices:
@@ -80,7 +80,7 @@ def make_mesh(mesh: str | Mapping[str, int] | Mesh) -> Mesh:
 
 
 def mesh_sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
-    """The named axes' sizes; needs no device. Raises ValueError as `make_mesh`."""
+    """The sizes of both axes; needs no device. Raises ValueError as `make_mesh`."""
     form = "a mesh is written data=2,model=4"
     if isinstance(mesh, str):
         pairs = [(name.strip(), size.strip()) for name, _, size in (piece.partition("=") for piece in mesh.split(","))]
@@ -93,7 +93,7 @@ def mesh_sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"mesh axis {name} must be a whole number of at least 1, not {size!r} ({form})")
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"mesh {mesh!r} names an axis twice; {form}")
-    return {name: int(size) for name, size in pairs}
+    return {axis: int(dict(pairs).get(axis, 1)) for axis in AXES}
 
 
 def check(config: ModelConfig, mesh: AnyMesh) -> None:
@@ -120,11 +120,12 @@ def _undivided(config: ModelConfig, num_parts: int) -> list[str]:
     return [f"{name} of {size}" for name, size in sizes.items() if size % num_parts]
 
 
-def check_rows(num_rows: int, mesh: AnyMesh) -> None:
-    """Raises ValueError where a batch of so many rows cannot be split."""
-    num_parts = num_row_parts(mesh)
+def check_rows(num_rows: int, num_parts: int) -> None:
+    """Raises ValueError where a batch of so many rows cannot be split into equal parts."""
     if num_rows % num_parts:
-        raise ValueError(f"a batch of {num_rows} does not divide over mesh axis data={num_parts}; a multiple of it does")
+        raise ValueError(
+            f"mesh axis data={num_parts} does not divide a batch of {num_rows}: the batch size must be a multiple of {num_parts}"
+        )
 
 
 def num_row_parts(mesh: AnyMesh) -> int:

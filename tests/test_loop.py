@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from hd_jax import draft_tree, drafters, loop, runner
+from hd_jax import draft_tree, drafters, loop, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
@@ -23,11 +23,14 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False):
     """What `run_steps` takes, for rows with a prompt of nine tokens."""
     options = Options(max_new_tokens=20, exact=exact)
     rows = [Row([3, 4, 5] * 3, seed) for seed in range(num_rows)]
-    request = runner.request_of(lm, rows, options)
+    mesh = lm.model.mesh
+    request = sharding.put(runner.request_of(lm, rows, options), sharding.by_rows(mesh))
     slots = runner.num_slots(29)
     tokens = jnp.zeros((num_rows, slots), jnp.int32).at[:, :9].set(jnp.asarray([3, 4, 5] * 3))
-    cache = empty_cache(lm.config, num_rows, slots)
-    state = loop.start(drafter, request, cache, tokens, loop.init_drafter(drafter, request, tokens, None), 0)
+    tokens = sharding.put(tokens, sharding.by_rows(mesh))
+    cache = empty_cache(lm.config, num_rows, slots, mesh)
+    drafter_state = loop.init_drafter(drafter, request, tokens, None, mesh=mesh)
+    state = loop.start(drafter, request, cache, tokens, drafter_state, 0, mesh=mesh)
     settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0)
     return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4)), slots
 

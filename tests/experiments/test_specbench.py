@@ -84,7 +84,14 @@ class FakeModel:
         make = lambda lm, name, **options: makers[name](**options)  # noqa: E731
         draft_us = lambda lm, drafter, tokens: 3.0  # noqa: E731
         return specbench.Library(
-            lambda name, dtype: self, makers, make, self.generate, lambda n: -(-n // 64), draft_us, self.session, self.check
+            lambda name, dtype, mesh: self,
+            makers,
+            make,
+            self.generate,
+            lambda n: -(-n // 64),
+            draft_us,
+            self.session,
+            self.check,
         )
 
 
@@ -138,6 +145,7 @@ def config(tmp_path):
         dtype=None,
         seed=100,
         batch_size=1,
+        mesh=None,
         exact=False,
     )
 
