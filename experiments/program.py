@@ -56,14 +56,17 @@ def join_processes() -> None:
     """
     import jax  # Late, so that flag errors come at once.
 
-    names = ("coordinator_address", "num_processes", "process_id")
-    given = {name: flags.FLAGS[name].value for name in names}
-    found = {name: os.environ.get(f"JAX_{name.upper()}") if value is None else value for name, value in given.items()}
-    if all(value is None for value in found.values()):
+    def given(name: str) -> str | None:
+        value = flags.FLAGS[name].value
+        return os.environ.get(f"JAX_{name.upper()}") if value is None else str(value)
+
+    address, count, index = given("coordinator_address"), given("num_processes"), given("process_id")
+    if address is None and count is None and index is None:
         return
-    address, *numbers = found.values()
     try:
-        jax.distributed.initialize(None if address == "auto" else address, *(n if n is None else int(n) for n in numbers))
+        jax.distributed.initialize(
+            None if address == "auto" else address, int(count) if count else None, int(index) if index else None
+        )
     except (ValueError, IndexError) as error:
         raise ValueError(
             f"the processes of this run cannot be joined ({error}): each needs --coordinator_address=HOST:PORT, "

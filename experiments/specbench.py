@@ -320,9 +320,10 @@ def _batches(chosen: Sequence[Question], batch_size: int) -> list[list[Question]
 
 def _fact_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
     where = facts["environment"]
+    mesh = f"mesh {config.mesh}, " if config.mesh else ""
     return [
         f"{len(facts['questions']['question_ids'])} questions, at most {config.max_new_tokens} tokens a turn, batch size "
-        f"{config.batch_size}{f', mesh {config.mesh}' if config.mesh else ''}, {'exact' if config.exact else 'fast'} mode, seed {config.seed}; {where['device']} "
+        f"{config.batch_size}, {mesh}{'exact' if config.exact else 'fast'} mode, seed {config.seed}; {where['device']} "
         f"({where['num_cpus']} CPU cores), jax {where['jax']}.",
         "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
     ]

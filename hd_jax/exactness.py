@@ -140,9 +140,7 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
         lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.PREFILL_CHUNK
     )
     first = len(prompt) - 1
-    return np.asarray(
-        _chain_logits(lm.model, lm.params, cache, tokens, jnp.int32(first), jnp.int32(len(text)), width=width)
-    )
+    return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, jnp.int32(first), jnp.int32(len(text)), width=width))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width"))

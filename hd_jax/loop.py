@@ -314,9 +314,7 @@ def run_steps(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def init_drafter(
-    drafter: Drafter, request: Request, tokens: jax.Array, kept: Any, *, mesh: sharding.AnyMesh = None
-) -> Any:
+def init_drafter(drafter: Drafter, request: Request, tokens: jax.Array, kept: Any, *, mesh: sharding.AnyMesh = None) -> Any:
     """The drafter's state for prompts int32[B, S]; `kept` is the state of an earlier request that it may renew, or None."""
     contexts = Context(tokens, request.prompt_lengths, request.prompt_lengths)
     if kept is not None and drafter.renew is not None:

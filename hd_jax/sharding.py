@@ -124,7 +124,7 @@ def check_rows(num_rows: int, num_parts: int) -> None:
     """Raises ValueError where a batch of so many rows cannot be split into equal parts."""
     if num_rows % num_parts:
         raise ValueError(
-            f"mesh axis data={num_parts} does not divide a batch of {num_rows}: the batch size must be a multiple of {num_parts}"
+            f"mesh axis data={num_parts} does not divide a batch of {num_rows}: its size must be a multiple of {num_parts}"
         )
 
 
@@ -168,13 +168,16 @@ def constrain(tree: Any, where: NamedSharding | None) -> Any:
 def put(tree: Any, where: NamedSharding | None) -> Any:
     """The arrays of a tree, equal in every process, on the mesh; those that lie so already, and None, stay as they are."""
 
+    if where is None:
+        return tree
+
     def one(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == where:
             return x
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
-    return tree if where is None else jax.tree.map(one, tree)
+    return jax.tree.map(one, tree)
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -79,11 +79,16 @@ def _hd_tree() -> Drafter:
 )
 def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact):
     """No callback, no host: the whole loop is one program on every platform."""
-    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, make(), 2, exact)
+    lower_for_gpus_and_tpus(lm, make(), exact)
+
+
+def lower_for_gpus_and_tpus(lm: LM, drafter: Drafter, exact: bool) -> export.Exported:
+    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, drafter, 2, exact)
     run = jax.jit(lambda p, r, s, n: loop.run_steps(model, settings, p, drafter, r, host, s, n, sync_every=4))
     exported = export.export(run, platforms=["cuda", "tpu"])(params, request, state, steps)
     assert "stablehlo.while" in exported.mlir_module()
     assert "callback" not in exported.mlir_module()
+    return exported
 
 
 def test_finished_rows_stay_as_they_are(lm):

@@ -1,4 +1,4 @@
-"""Meshes: what is said of wrong ones, the table, and the tests that need several devices or processes, in processes of their own."""
+"""Meshes: what is said of wrong ones, and the table. What needs several devices runs in processes of its own."""
 
 from __future__ import annotations
 

@@ -134,9 +134,7 @@ def stored_dtype(folder: pathlib.Path) -> str:
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
-def load_hf(
-    folder: pathlib.Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[ModelConfig, Any]:
+def load_hf(folder: pathlib.Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[ModelConfig, Any]:
     """Reads safetensors, one or several files: of each tensor in turn, the parts that this host's devices hold.
 
     Args:
@@ -167,7 +165,7 @@ def load_hf(
         for path, shape in shapes.items():
             stored = where[_hf_name(path)].get_slice(_hf_name(path))
 
-            def read(index: tuple[slice, ...], stored: Any = stored) -> np.ndarray:
+            def read(index: Any, stored: Any = stored) -> np.ndarray:
                 return stored[index].astype(jnp.dtype(config.dtype))
 
             flat[path] = jax.make_array_from_callback(shape, sharding.parameter(mesh, config, path), read)
