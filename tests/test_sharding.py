@@ -116,15 +116,15 @@ def test_on_eight_devices():
 
 
 def test_the_main_job_in_two_processes(tmp_path):
-    """One is told of the other by flags, one by the environment; the model is split over both, and one writes."""
+    """One is told of the other by flags, one by the environment. Each has a row of the batch and two devices; one writes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "experiments.specbench", "--mesh=model=2", "--methods=none,pld", "--tasks=qa"]
-    command += ["--limit=1", "--max_new_tokens=6", f"--output_dir={folder}"]
+    command = [sys.executable, "-m", "experiments.specbench", "--mesh=data=2,model=2", "--batch_size=2", "--tasks=qa"]
+    command += ["--methods=none,pld", "--limit=1", "--max_new_tokens=6", f"--output_dir={folder}"]
     flags = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"]
-    environment = _environment(1)
+    environment = _environment(2)
     other = environment | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     running = [
         subprocess.Popen(c, env=e, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
