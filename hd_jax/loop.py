@@ -183,10 +183,15 @@ def _count(counts: jax.Array, kind: int, sources: jax.Array, depths: jax.Array, 
     return jax.vmap(add)(counts, jnp.maximum(sources, 0), depths, is_counted)
 
 
-def _logprobs(logits: jax.Array, tokens: jax.Array, num_top: int) -> Logprobs:
+def _top_k(logits: jax.Array, num_top: int, mesh: sharding.AnyMesh) -> tuple[jax.Array, jax.Array]:
+    """The largest of [B, any, V] and their indices, [B, any, num_top]. The compiler itself would gather the batch."""
+    return sharding.over_rows(lambda _, row: jax.lax.top_k(row, num_top), mesh)((), logits)
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array, num_top: int, mesh: sharding.AnyMesh) -> Logprobs:
     """Of int32[B, P] tokens after nodes with float32[B, P, V] logits."""
     found = jax.nn.log_softmax(logits, axis=-1)
-    top, top_tokens = jax.lax.top_k(found, num_top)
+    top, top_tokens = _top_k(found, num_top, mesh)
     return Logprobs(jnp.take_along_axis(found, tokens[:, :, None], axis=-1)[..., 0], top, top_tokens)
 
 
@@ -201,7 +206,8 @@ def step(
       The state, the number of tokens appended and that of draft nodes verified: int32[B] each.
     """
     contexts = _contexts(request, state, host)
-    tree = jax.vmap(drafter.draft, in_axes=(None, 0, 0))(drafter.tables, state.drafter, contexts)
+    mesh = None if model is None else model.mesh
+    tree = sharding.over_rows(drafter.draft, mesh)(drafter.tables, state.drafter, contexts)
     if model is not None:
         tree = draft_tree.without_foreign_tokens(tree, model.config.vocab_size)
     tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, max(settings.width, drafter.num_nodes))
@@ -242,7 +248,7 @@ def step(
     counts = _count(counts, 1, sources, jnp.broadcast_to(place + 1, sources.shape), is_draft & (place < num_appended[:, None]))
     logprobs = state.logprobs
     if logprobs is not None:
-        new = _logprobs(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), appended, settings.num_logprobs)
+        new = _logprobs(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), appended, settings.num_logprobs, mesh)
         logprobs = jax.tree.map(lambda buffer, values: _put(buffer, values, state.lengths), logprobs, new)
     state = state._replace(
         cache=write_rows(state.cache, picked, state.lengths - 1),
@@ -256,7 +262,7 @@ def step(
 
     own = lambda x: x[:, : drafter.num_nodes]  # noqa: E731 - without the places that exact mode adds
     logits = own(logits)
-    top_logits, top_tokens = jax.lax.top_k(logits, drafter.num_top_logits)
+    top_logits, top_tokens = _top_k(logits, drafter.num_top_logits, mesh)
     feedback = Feedback(
         tree=jax.tree.map(own, tree),
         targets=own(targets),
@@ -266,7 +272,7 @@ def step(
         path=path.nodes,
         num_appended=num_appended,
     )
-    update = jax.vmap(drafter.update, in_axes=(None, 0, 0, 0))
+    update = sharding.over_rows(drafter.update, mesh)
     drafter_state = update(drafter.tables, state.drafter, _contexts(request, state, ()), feedback)
     return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_verified, axis=1)
 
@@ -318,10 +324,8 @@ def init_drafter(drafter: Drafter, request: Request, tokens: jax.Array, kept: An
     """The drafter's state for prompts int32[B, S]; `kept` is the state of an earlier request that it may renew, or None."""
     contexts = Context(tokens, request.prompt_lengths, request.prompt_lengths)
     if kept is not None and drafter.renew is not None:
-        state = jax.vmap(drafter.renew, in_axes=(None, 0, 0))(drafter.tables, kept, contexts)
-    else:
-        state = jax.vmap(drafter.init, in_axes=(None, 0))(drafter.tables, contexts)
-    return sharding.constrain(state, sharding.by_rows(mesh))
+        return sharding.over_rows(drafter.renew, mesh)(drafter.tables, kept, contexts)
+    return sharding.over_rows(drafter.init, mesh)(drafter.tables, contexts)
 
 
 def start(

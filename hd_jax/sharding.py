@@ -17,7 +17,7 @@ table says. A mesh of None, everywhere, is one device and changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -163,6 +163,23 @@ def replicated(mesh: AnyMesh) -> NamedSharding | None:
 def constrain(tree: Any, where: NamedSharding | None) -> Any:
     """The arrays of a tree, laid out so within a compiled program; None leaves the tree as it is."""
     return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
+
+
+def over_rows(fn: Callable[..., Any], mesh: AnyMesh) -> Callable[..., Any]:
+    """`fn` of one row, mapped over a batch. Every device runs it on its own rows, so nothing moves, whatever `fn` does.
+
+    The first argument is shared by all rows; in the others, and in the result, every array's first axis is the batch's.
+    """
+
+    def mapped(shared: Any, *args: Any) -> Any:
+        return jax.vmap(fn, in_axes=(None, *[0] * len(args)))(shared, *args)
+
+    def split(shared: Any, *args: Any) -> Any:
+        rows = PartitionSpec(RULES["rows"])
+        specs = (PartitionSpec(), *[rows] * len(args))
+        return jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(shared, *args)
+
+    return mapped if mesh is None else split
 
 
 def put(tree: Any, where: NamedSharding | None) -> Any:

@@ -87,15 +87,15 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(lm):
             decode.generate(split, prompt)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=2", "data=2,model=4"])
-def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh):
-    """One sum for the embedding, two a layer; the logits; and whether all rows have ended. No weight, no cache."""
+@pytest.mark.parametrize(("mesh", "name"), [("data=2,model=2", "hd"), ("data=2,model=4", "recycling")])
+def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
+    """One sum for the embedding, two a layer; the logits; and whether all rows have ended. No weight, no cache, no draft."""
     split = on_mesh(lm, mesh)
-    arguments, slots = _arguments(split, DRAFTERS["hd"], 4)
+    arguments, slots = _arguments(split, DRAFTERS[name], 4)
     text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
     pattern = r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
     found = collections.Counter((kind, dtype, shape) for dtype, shape, kind in re.findall(pattern, text))
-    num_nodes = DRAFTERS["hd"].num_nodes
+    num_nodes = DRAFTERS[name].num_nodes
     assert found == {
         ("all-reduce", "f32", f"2,{num_nodes},32"): 1 + 2 * lm.config.num_layers,
         ("all-gather", "f32", f"2,{num_nodes},48"): 1,
