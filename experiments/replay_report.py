@@ -194,32 +194,40 @@ def _plot_by_task(rows: Sequence[dict]) -> matplotlib.figure.Figure:
     for row in rows:
         key = (row["method"], row["state"])
         largest[key] = max(row["budget"], largest.get(key, 0))
+    drawn = list(largest)
     head, body = _task_table([row for row in rows if row["budget"] == largest[row["method"], row["state"]]])
-    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(max(9, len(body)), 5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(body)
-    for index, (name, *values) in enumerate(body):
+    colors = report.colors([method for method, _ in drawn])
+    for index, ((method, state), (name, *values)) in enumerate(zip(drawn, body, strict=True)):
         places = [place + (index - (len(body) - 1) / 2) * width for place in range(len(values))]
-        axes.bar(places, [float(value) for value in values], width, label=name)
+        hatch = "///" if state == "warm" else None
+        axes.bar(places, [float(value) for value in values], width, label=name, color=colors[method], hatch=hatch)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(head) - 1), head[1:])
     axes.set_ylabel("tokens per step")
-    figure.legend(fontsize="small", ncols=min(len(body), 4), loc="outside upper center")
+    figure.legend(fontsize="small", ncols=3, loc="outside upper center")
     return figure
 
 
 def _plot_by_budget(rows: Sequence[dict], parts: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
     """Lines for methods that ran at several budgets, points for those of a fixed size."""
     lines: dict[str, list[tuple[int, float]]] = {}
+    looks: dict[str, tuple[str, str]] = {}  # method and state of each line
     for row, part in zip([row for row in rows if row["task"] == OVERALL], parts, strict=True):
         name = _name(row) if part["is_fixed"] else f"{row['method']}{' warm' * (row['state'] == 'warm')}"
         lines.setdefault(name, []).append((row["budget"], row["tokens_per_step"]))
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+        looks[name] = (row["method"], row["state"])
+    figure = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
+    colors = report.colors([method for method, _ in looks.values()])
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        method, state = looks[name]
+        marker = "s" if state == "warm" else "o"
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=name, color=colors[method])
     axes.set_xlabel("drafted nodes a step, at most")
     axes.set_ylabel("tokens per step, overall")
     axes.set_ylim(bottom=1)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", ncols=2, loc="outside upper center")
     return figure

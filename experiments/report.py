@@ -312,9 +312,15 @@ def _plot_by_task(rows: Sequence[dict], key: str) -> matplotlib.figure.Figure:
 def _colors(rows: Sequence[dict]) -> dict[str, Any]:
     """A color for each method, the same for a warm one and its cold one."""
     methods = dict.fromkeys(row["method"] for row in rows)
-    names = list(dict.fromkeys(method.removesuffix(WARM) for method in methods))
-    palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
-    return {method: palette(names.index(method.removesuffix(WARM)) % palette.N) for method in methods}
+    found = colors([method.removesuffix(WARM) for method in methods])
+    return {method: found[method.removesuffix(WARM)] for method in methods}
+
+
+def colors(names: Sequence[str]) -> dict[str, Any]:
+    """A color for each different name."""
+    different = list(dict.fromkeys(names))
+    palette = matplotlib.colormaps["tab20" if len(different) > 10 else "tab10"]
+    return {name: palette(index % palette.N) for index, name in enumerate(different)}
 
 
 def _plot_growth(grown: Sequence[dict]) -> matplotlib.figure.Figure:
