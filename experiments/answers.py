@@ -39,6 +39,7 @@ def make(
             "finish_reason": result.finish_reason,
             "steps": result.num_steps,
             "nodes_per_step": result.nodes_per_step,
+            "pass_sizes": result.pass_sizes,
             "prefill_ms": result.prefill_ms / num_rows,
             "decode_ms": result.decode_ms / num_rows,
             "compile_ms": result.compile_ms / num_rows,

@@ -297,7 +297,7 @@ def replayed(drafter: Drafter, texts: Iterable[Turn]) -> Iterator[Outcome]:
 
     for text in texts:
         request, tokens = _request(text)
-        state = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, kept), 0)
+        state = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, kept), loop.StepSettings())
         if tokens.shape[1] not in compiled:
             compiled.add(tokens.shape[1])
             state, _ = dispatch(request, state, 0)

@@ -37,6 +37,7 @@ class RunConfig:
     batch_size: int
     mesh: str | None
     exact: bool
+    budget: str | None
     warm: bool = False
 
 

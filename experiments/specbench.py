@@ -37,6 +37,9 @@ from experiments.questions import Question
 from experiments.run_config import CONFIG_FILE, PLAIN, Method, RunConfig
 
 DEFAULT_METHODS = "none,pld,hd,hd:window=0,hd:window=0:num_nodes=8"
+BUDGET = "budget"  # a method's option that is not its drafter's
+FIXED = "fixed"
+BUDGETS = (FIXED, "adaptive")
 WARM_UP_TEXT = "Say in one sentence what the weather is like on the moon, then count from one to ten."
 WARM_UP_TOKENS = 16
 
@@ -94,9 +97,11 @@ class Bench:
         sharding.check_rows(config.batch_size, self._row_parts)
         self.lm = library.load(config.model, dtype=config.dtype, mesh=config.mesh)
         self.drafters: dict[str, Any] = {}
+        self.budgets: dict[str, str | None] = {}
         self.sessions: dict[str, Any] = {}  # of warm methods
         for method in methods:
             options = dict(method.options)
+            self.budgets[method.label] = _budget(method.label, options.pop(BUDGET, config.budget))
             if config.num_nodes is not None and "num_nodes" in inspect.signature(library.makers[method.drafter]).parameters:
                 options.setdefault("num_nodes", config.num_nodes)
             try:
@@ -106,6 +111,7 @@ class Bench:
             self.drafters[method.label] = drafter
             if config.warm and drafter.renew is not None:
                 self.drafters[method.label + report.WARM] = drafter
+                self.budgets[method.label + report.WARM] = self.budgets[method.label]
                 self.sessions[method.label + report.WARM] = library.session(self.lm, drafter=drafter)
 
         self._warm: set[tuple[str, int, int]] = set()  # method, rows and cache slots that ran before
@@ -117,16 +123,16 @@ class Bench:
         """A Result for each prompt."""
         self.warm_up(label, len(prompts), max(map(self.num_prompt_tokens, prompts)))
         if label in self.sessions:
-            return [self._go_on(self.sessions[label], prompts[0], seeds[0])]
+            return [self._go_on(self.sessions[label], self.budgets[label], prompts[0], seeds[0])]
         return self._generate(label, prompts, seeds, self.config.max_new_tokens)[: len(prompts)]
 
-    def _go_on(self, session: Any, messages: list[dict[str, str]], seed: int) -> Any:
+    def _go_on(self, session: Any, budget: str | None, messages: list[dict[str, str]], seed: int) -> Any:
         """A Result of a session that keeps what its drafter learned, but no cache: its prefill is that of other methods."""
         session.reset()
         session.messages = messages[:-1]
         config = self.config
         options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "exact": config.exact}
-        return session.generate(messages[-1]["content"], seed=seed, **options)
+        return session.generate(messages[-1]["content"], seed=seed, budget=budget, **options)
 
     def warm_up(self, label: str, num_rows: int, num_prompt_tokens: int) -> None:
         """Runs a method once for a batch of this size, if it did not run yet, on a text that is no question.
@@ -155,6 +161,7 @@ class Bench:
             temperature=self.config.temperature,
             seed=seeds[0] if is_single else seeds,
             exact=self.config.exact,
+            budget=self.budgets[label],
         )
         return [out] if is_single else out
 
@@ -170,6 +177,7 @@ class Bench:
             seed=seed,
             exact=config.exact,
             num_rows=num_rows + -num_rows % self._row_parts,
+            budget=self.budgets[label],
         )
         kept = ("is_equal", "is_explained", "position", "gap", "tolerance", "message")
         return {name: getattr(verdict, name) for name in kept}
@@ -281,6 +289,13 @@ def _claimed(folder: pathlib.Path) -> Iterator[None]:
         raise
 
 
+def _budget(label: str, value: Any) -> str | None:
+    """The budget that an option or flag names."""
+    if value not in (None, *BUDGETS):
+        raise ValueError(f"method {label}: the budget is {' or '.join(BUDGETS)}, not {value!r}")
+    return None if value == FIXED else value
+
+
 def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:
     """The chat that ends with the user's turn after the answers `said`."""
     out = []
@@ -347,6 +362,12 @@ def define_flags() -> None:
     flags.DEFINE_bool("warm", False, "Also run methods that can remember earlier requests in a session of all questions.")
     program.define_mesh_flags()
     flags.DEFINE_bool("exact", False, "Exact mode: slower, and no difference is explained.")
+    flags.DEFINE_enum(
+        "budget",
+        None,
+        BUDGETS,
+        "Nodes a step verifies: all, or as many as pay. By default all; or a method's own: hd_tree:budget=adaptive.",
+    )
     flags.DEFINE_string("resume", None, "Folder of a run to go on with, by its own config.")
     flags.DEFINE_string("output_dir", None, "Folder for the results; by default results/<date-time>.")
 

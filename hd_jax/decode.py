@@ -116,6 +116,7 @@ def generate(
     logprobs: int = 0,
     loop: str = "device",
     exact: bool = False,
+    budget: str | Mapping[int, float] | None = None,
 ) -> Any:
     """Generates text; the same tokens with every drafter.
 
@@ -135,6 +136,10 @@ def generate(
       logprobs: how many of the likeliest tokens to report the log-probabilities of, per generated token.
       loop: "device" runs many steps a dispatch, "host" one.
       exact: the slower mode in which equality is bit for bit.
+      budget: None verifies all of a tree's nodes in every step. "adaptive" chooses among a few sizes, plain decoding's one
+        node included, by what they have earned in this text and by what they cost here; the costs are measured when a
+        program first runs, and kept in JAX's compilation cache. Or these costs by hand, in any unit: {1: 1.7, 4: 2.2, 16: 4.1};
+        sizes beyond the drafter's number of nodes are left out. Without effect in exact mode, where every pass has one width.
 
     Returns:
       A Result; a list of `num_samples` for num_samples > 1; a list of these for a list of prompts.
@@ -151,6 +156,7 @@ def generate(
         logprobs=logprobs,
         loop=loop,
         exact=exact,
+        budget=budget,
     )
     chosen = _choose(lm, drafter, num_nodes)
     is_batch = _is_batch(prompt)

@@ -3,7 +3,7 @@
 Passes of one node and of several sum in different orders, so their logits differ in the last bits, and where the two
 best tokens are nearer to each other than that, the argmax may flip. That is the only difference fast mode permits. At
 the first divergence both programs are run on the common text: plain decoding, a node a step, and chains of as many nodes
-as the candidate's drafter verifies. The divergence is explained iff the reference's gap is at most `TOLERANCE` times the
+as the candidate's passes may have. The divergence is explained iff the reference's gap is at most `TOLERANCE` times the
 largest difference between the logits of the two.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,7 @@ def check(
     sample: int = 0,
     exact: bool = False,
     num_rows: int = 1,
+    budget: str | Mapping[int, float] | None = None,
     reference_lm: LM | None = None,
 ) -> Verdict:
     """Compares a candidate with plain decoding's answer to the same prompt.
@@ -86,6 +87,7 @@ def check(
       temperature, top_k, top_p, seed, sample: of both.
       exact: both were decoded in exact mode, where any difference is a failure.
       num_rows: rows of the batch that the candidate was decoded in.
+      budget: the candidate's.
       reference_lm: the same model as the reference ran it, where that was on another mesh.
 
     Raises:
@@ -104,14 +106,14 @@ def check(
         return Verdict(position, False, message=f"{where}: the texts are equal up to the end of the shorter one")
     prompt = reference.prompt_tokens
     text = [*prompt, *reference.tokens[:position]]
-    options = Options(temperature=temperature, top_k=top_k, top_p=top_p)
+    options = Options(temperature=temperature, top_k=top_k, top_p=top_p, budget=budget)
     row = Row(list(prompt), seed % 2**32, sample)
     reference_lm = reference_lm or lm
     plain = _last_logits(reference_lm, none().num_nodes, sharding.num_row_parts(reference_lm.model.mesh), prompt, text)
-    wide = _last_logits(lm, drafter.num_nodes, num_rows, prompt, text)
+    wide = [_last_logits(lm, size, num_rows, prompt, text) for size in runner.pass_sizes(drafter, options)]
     # The same arithmetic on both sides: warped scores differ by at most this, where no border lies between them.
     scale = max(temperature, 1e-6) if temperature > 0 else 1.0
-    difference = float(np.max(np.abs(plain - wide))) / scale
+    difference = max(float(np.max(np.abs(plain - logits))) for logits in wide) / scale
     gap = _gap(lm, jnp.asarray(plain), len(text), row, options)
     tolerance = TOLERANCE * difference
     is_explained = gap <= tolerance

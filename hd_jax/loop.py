@@ -14,6 +14,9 @@ The root of the next step is f. The prompt's last token is the root of the first
 
 The targets may stand in a record instead (`Request.recorded`): then the same step replays a text that is known already, with
 the model or without one. Of a node that the record does not reach, here x, the target is unknown: NO_TOKEN.
+
+With an adaptive budget (budget.py) a step verifies the first n of the N nodes. The values of n are branches of one
+`lax.switch`, which reads the cache and returns the path's rows, never a cache; a step with n = 1 does not draft.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, sampling, sharding, verify
-from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, DraftTree
+from hd_jax import budget, draft_tree, sampling, sharding, verify
+from hd_jax.draft_tree import NO_NODE, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models.llama import Cache, Llama, cache_sharding
 from hd_jax.sampling import Sampling, SamplingMode
@@ -39,6 +42,7 @@ class StepSettings(NamedTuple):
     num_logprobs: int = 0  # of the likeliest tokens, kept for every appended token
     is_exact: bool = False  # attention sums in float64, and nothing fused across the model's edge
     width: int = 0  # exact mode: nodes of every pass, whatever the drafter's own number; 0 for the drafter's
+    sizes: tuple[int, ...] = ()  # adaptive budget: nodes that a pass may have, ascending from 1; () for the drafter's
 
 
 class Request(NamedTuple):
@@ -49,6 +53,7 @@ class Request(NamedTuple):
     limits: jax.Array  # int32[B], the length at which a row ends: prompt + max_new_tokens, or the cache's end
     stop_tokens: jax.Array  # int32[B, any], ids that end a text
     recorded: jax.Array | None = None  # int32[B, S], the whole texts, prompts included, then NO_TOKEN: replaces drawn targets
+    costs: jax.Array | None = None  # float32[Z], of a step of each of the settings' sizes
 
 
 class Logprobs(NamedTuple):
@@ -70,6 +75,7 @@ class State(NamedTuple):
     drafter: Any  # the drafter's state, with a leading axis B
     counts: jax.Array  # int32[B, 2, sources, max_depth + 1], nodes proposed and accepted, by source and depth
     logprobs: Logprobs | None
+    budget: budget.State | None = None  # where the settings have sizes
 
 
 class Record(NamedTuple):
@@ -77,6 +83,21 @@ class Record(NamedTuple):
 
     num_appended: jax.Array  # int32[B, sync_every], the bonus included
     num_nodes: jax.Array  # int32[B, sync_every], verified, the root not included
+    pass_sizes: jax.Array  # int32[sync_every], nodes of the pass, the root and unused places included
+
+
+class _Verified(NamedTuple):
+    """What a pass found; of nodes that it did not run, NO_TOKEN and zeros."""
+
+    targets: jax.Array  # int32[B, N], as the next three a drafter's feedback
+    argmax: jax.Array  # int32[B, N]
+    top_tokens: jax.Array  # int32[B, N, k]
+    top_logits: jax.Array  # float32[B, N, k]
+    nodes: jax.Array  # int32[B, P], the accepted path, root first, then NO_NODE; P = max_depth + 1
+    num_accepted: jax.Array  # int32[B], of them, the root not counted
+    appended: jax.Array  # int32[B, P], the targets along the path
+    rows: Cache  # [B, K, P, D] a layer, the path's
+    logprobs: Logprobs | None  # [B, P], of the appended tokens
 
 
 def write_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
@@ -195,30 +216,55 @@ def _logprobs(logits: jax.Array, tokens: jax.Array, num_top: int, mesh: sharding
     return Logprobs(jnp.take_along_axis(found, tokens[:, :, None], axis=-1)[..., 0], top, top_tokens)
 
 
-def step(
-    model: Llama | None, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
-) -> tuple[State, jax.Array, jax.Array]:
-    """One step of every row: draft, verify, commit, update. Rows that have ended stay as they are.
+def _fit(x: jax.Array, size: int, axis: int, filler: int = 0) -> jax.Array:
+    """Cuts or pads an axis to a size."""
+    x = jax.lax.slice_in_dim(x, 0, min(size, x.shape[axis]), axis=axis)
+    padding = [(0, size - x.shape[axis] if index == axis else 0) for index in range(x.ndim)]
+    return jnp.pad(x, padding, constant_values=filler)
 
-    Without a model the request's record says all targets, the cache is empty, and there are no logits.
 
-    Returns:
-      The state, the number of tokens appended and that of draft nodes verified: int32[B] each.
-    """
+def _draft(
+    model: Llama | None, drafter: Drafter, request: Request, host: Any, state: State, width: int
+) -> tuple[DraftTree, jax.Array]:
+    """Every row's tree with places up to `width`, and bool[B, width, width] ancestors."""
     contexts = _contexts(request, state, host)
     mesh = None if model is None else model.mesh
     tree = sharding.over_rows(drafter.draft, mesh)(drafter.tables, state.drafter, contexts)
     if model is not None:
         tree = draft_tree.without_foreign_tokens(tree, model.config.vocab_size)
-    tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, max(settings.width, drafter.num_nodes))
-    ancestors = jax.vmap(draft_tree.ancestor_mask)(tree)
+    tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, width)
+    return tree, jax.vmap(draft_tree.ancestor_mask)(tree)
+
+
+def _root_only(request: Request, state: State, num_nodes: int) -> tuple[DraftTree, jax.Array]:
+    """As `_draft`, of a step that drafts nothing."""
+    roots = jax.vmap(lambda context: context.root)(_contexts(request, state, ()))
+    tree = jax.vmap(draft_tree.root_only, in_axes=(0, None))(roots, num_nodes)
+    return tree, jnp.broadcast_to(jnp.eye(num_nodes, dtype=bool), (*roots.shape, num_nodes, num_nodes))
+
+
+def _verify(
+    model: Llama | None,
+    settings: StepSettings,
+    params: Any,
+    drafter: Drafter,
+    request: Request,
+    state: State,
+    tree: DraftTree,
+    ancestors: jax.Array,
+    size: int,
+) -> _Verified:
+    """Runs the first `size` places of every row's tree; the cache is read only."""
+    mesh = None if model is None else model.mesh
+    tree, ancestors = jax.tree.map(lambda x: x[:, :size], tree), ancestors[:, :size, :size]
     depths = draft_tree.depths(ancestors)
+    max_depth = min(drafter.max_depth, size - 1)
     known = None
     if request.recorded is not None:
         known = jax.vmap(recorded_targets)(request.recorded, tree, ancestors, depths, state.lengths)
     if model is not None:
         logits, new_rows = verification_pass(model, params, tree, ancestors, depths, state, settings.is_exact)
-        targets = sampling.draw(logits, state.lengths, depths, drafter.max_depth, settings.mode, request.sampling)
+        targets = sampling.draw(logits, state.lengths, depths, max_depth, settings.mode, request.sampling)
         if known is not None:  # A drawn token is never negative. Asking keeps the model at all of its work, for timing.
             targets = jnp.where(targets >= 0, known, targets)
     elif known is not None:
@@ -226,55 +272,101 @@ def step(
     else:
         raise ValueError("a step needs a model, or a record of the text")
 
-    path = jax.vmap(verify.walk, in_axes=(0, 0, 0, None))(tree, ancestors, targets, drafter.max_depth)
+    path = jax.vmap(verify.walk, in_axes=(0, 0, 0, None))(tree, ancestors, targets, max_depth)
     nodes = jnp.maximum(path.nodes, 0)
-    appended = jnp.take_along_axis(targets, nodes, axis=1)  # [B, P]: an accepted child is its parent's target
-    place = jnp.arange(appended.shape[1])
-    is_stop = jnp.any(appended[:, :, None] == request.stop_tokens[:, None, :], axis=-1)
-    first_stop = jnp.min(jnp.where(is_stop, place, appended.shape[1]), axis=1)
-    num_appended = jnp.minimum(jnp.minimum(path.num_accepted, first_stop) + 1, request.limits - state.lengths)
+    appended = jnp.take_along_axis(targets, nodes, axis=1)  # an accepted child is its parent's target
+    logprobs = None
+    if state.logprobs is not None:
+        logprobs = _logprobs(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), appended, settings.num_logprobs, mesh)
+    # The path's rows lie next to each other when they are written.
+    picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
+    top_logits, top_tokens = _top_k(logits, drafter.num_top_logits, mesh)
+    length, width = drafter.max_depth + 1, drafter.num_nodes
+    return _Verified(
+        targets=_fit(targets, width, 1, NO_TOKEN),
+        argmax=_fit(targets if known is not None else jnp.argmax(logits, axis=-1).astype(jnp.int32), width, 1, NO_TOKEN),
+        top_tokens=_fit(top_tokens, width, 1, NO_TOKEN),
+        top_logits=_fit(top_logits, width, 1),
+        nodes=_fit(path.nodes, length, 1, NO_NODE),
+        num_accepted=path.num_accepted,
+        appended=_fit(appended, length, 1),
+        rows=jax.tree.map(lambda x: _fit(x, length, 2), picked),
+        logprobs=jax.tree.map(lambda x: _fit(x, length, 1), logprobs),
+    )
+
+
+def step(
+    model: Llama | None, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
+) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+    """One step of every row: draft, verify, commit, update. Rows that have ended stay as they are.
+
+    Without a model the request's record says all targets, the cache is empty, and there are no logits.
+
+    Returns:
+      The state, the number of tokens appended and that of draft nodes verified, int32[B] each, and the pass's size, int32[].
+    """
+    draft = functools.partial(_draft, model, drafter, request, host, state, max(settings.width, drafter.num_nodes))
+    run = functools.partial(_verify, model, settings, params, drafter, request, state)
+    if state.budget is None:
+        tree, ancestors = draft()
+        size = jnp.int32(tree.tokens.shape[1])
+        verified = run(tree, ancestors, tree.tokens.shape[1])
+        watching = None
+    else:
+        assert request.costs is not None
+        tree, ancestors = jax.lax.cond(state.budget.chosen > 0, draft, lambda: _root_only(request, state, drafter.num_nodes))
+        index = budget.smallest(settings.sizes, request.costs, state.budget.chosen, tree)
+        branches = [functools.partial(run, size=size) for size in settings.sizes]
+        verified = jax.lax.switch(index, branches, tree, ancestors)
+        size = jnp.asarray(settings.sizes)[index]
+        watching = budget.watch(state.budget, tree, ancestors, state.lengths)
+    depths = draft_tree.depths(ancestors)
+    tree = tree._replace(parents=jnp.where(jnp.arange(tree.parents.shape[1]) < size, tree.parents, UNUSED))
+
+    place = jnp.arange(verified.appended.shape[1])
+    is_stop = jnp.any(verified.appended[:, :, None] == request.stop_tokens[:, None, :], axis=-1)
+    first_stop = jnp.min(jnp.where(is_stop, place, place.size), axis=1)
+    num_appended = jnp.minimum(jnp.minimum(verified.num_accepted, first_stop) + 1, request.limits - state.lengths)
     num_appended = jnp.where(state.is_finished, 0, num_appended)
 
     lengths = state.lengths + num_appended
     is_stopped = first_stop < num_appended
 
-    # The path's rows lie next to each other when they are written: the only write to the cache in a step.
-    picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
-    is_draft = place < path.num_accepted[:, None]
-    child_sources = jnp.take_along_axis(tree.sources, jnp.roll(nodes, -1, axis=1), axis=1)  # of the node of each token
-    sources = jnp.where(is_draft, child_sources, NO_SOURCE)
+    is_draft = place < verified.num_accepted[:, None]
+    children = jnp.maximum(jnp.roll(verified.nodes, -1, axis=1), 0)  # the node of each token
+    sources = jnp.where(is_draft, jnp.take_along_axis(tree.sources, children, axis=1), NO_SOURCE)
     is_verified = (tree.parents >= 0) & ~state.is_finished[:, None]
     counts = _count(state.counts, 0, tree.sources, depths, is_verified & ~tree.is_window)
     counts = _count(counts, 1, sources, jnp.broadcast_to(place + 1, sources.shape), is_draft & (place < num_appended[:, None]))
     logprobs = state.logprobs
     if logprobs is not None:
-        new = _logprobs(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), appended, settings.num_logprobs, mesh)
-        logprobs = jax.tree.map(lambda buffer, values: _put(buffer, values, state.lengths), logprobs, new)
+        logprobs = jax.tree.map(lambda buffer, values: _put(buffer, values, state.lengths), logprobs, verified.logprobs)
+    tokens = _put(state.tokens, verified.appended, state.lengths)
+    if watching is not None and request.costs is not None:
+        watching = budget.advance(watching, settings.sizes, request.costs, tokens, lengths)
     state = state._replace(
-        cache=write_rows(state.cache, picked, state.lengths - 1),
-        tokens=_put(state.tokens, appended, state.lengths),
+        cache=write_rows(state.cache, verified.rows, state.lengths - 1),  # the only write to the cache in a step
+        tokens=tokens,
         lengths=lengths,
         is_finished=state.is_finished | is_stopped | (lengths >= request.limits),
         sources=_put(state.sources, sources.astype(jnp.int8), state.lengths),
         counts=counts,
         logprobs=logprobs,
+        budget=watching,
     )
 
-    own = lambda x: x[:, : drafter.num_nodes]  # noqa: E731 - without the places that exact mode adds
-    logits = own(logits)
-    top_logits, top_tokens = _top_k(logits, drafter.num_top_logits, mesh)
     feedback = Feedback(
-        tree=jax.tree.map(own, tree),
-        targets=own(targets),
-        argmax=own(targets) if known is not None else jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        top_tokens=top_tokens,
-        top_logits=top_logits,
-        path=path.nodes,
+        tree=jax.tree.map(lambda x: x[:, : drafter.num_nodes], tree),  # without the places that exact mode adds
+        targets=verified.targets,
+        argmax=verified.argmax,
+        top_tokens=verified.top_tokens,
+        top_logits=verified.top_logits,
+        path=verified.nodes,
         num_appended=num_appended,
     )
-    update = sharding.over_rows(drafter.update, mesh)
+    update = sharding.over_rows(drafter.update, None if model is None else model.mesh)
     drafter_state = update(drafter.tables, state.drafter, _contexts(request, state, ()), feedback)
-    return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_verified, axis=1)
+    return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_verified, axis=1), size
 
 
 def _pinned(model: Llama, state: State) -> State:
@@ -298,21 +390,30 @@ def run_steps(
 ) -> tuple[State, Record]:
     """Up to `max_steps` steps (at most `sync_every`, static) with no host in between; ends when all rows have ended.
 
+    With an adaptive budget it ends as well before a draft for which the host must be asked again.
+
     The state is donated. `max_steps` 0 compiles and does nothing.
     """
     shape = (state.tokens.shape[0], sync_every)
-    record = Record(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+    record = Record(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(sync_every, jnp.int32))
 
     def is_going_on(carry) -> jax.Array:
         index, state, _ = carry
-        return (index < jnp.minimum(max_steps, sync_every)) & ~jnp.all(state.is_finished)
+        is_left = (index < jnp.minimum(max_steps, sync_every)) & ~jnp.all(state.is_finished)
+        if drafter.refresh is not None and state.budget is not None:
+            is_left &= (index == 0) | (state.budget.chosen == 0)
+        return is_left
 
     def body(carry):
         index, state, record = carry
-        state, num_appended, num_nodes = step(model, settings, params, drafter, request, host, state)
+        state, num_appended, num_nodes, size = step(model, settings, params, drafter, request, host, state)
         if model is not None:
             state = _pinned(model, state)
-        record = Record(record.num_appended.at[:, index].set(num_appended), record.num_nodes.at[:, index].set(num_nodes))
+        record = Record(
+            num_appended=record.num_appended.at[:, index].set(num_appended),
+            num_nodes=record.num_nodes.at[:, index].set(num_nodes),
+            pass_sizes=record.pass_sizes.at[index].set(size),
+        )
         return index + 1, state, record
 
     _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
@@ -334,7 +435,7 @@ def start(
     cache: Cache,
     tokens: jax.Array,
     drafter_state: Any,
-    num_logprobs: int,
+    settings: StepSettings,
     *,
     mesh: sharding.AnyMesh = None,
 ) -> State:
@@ -345,8 +446,8 @@ def start(
     num_rows, num_slots = tokens.shape
     full = functools.partial(jnp.full, device=sharding.by_rows(mesh))
     logprobs = None
-    if num_logprobs:
-        top = (num_rows, num_slots, num_logprobs)
+    if settings.num_logprobs:
+        top = (num_rows, num_slots, settings.num_logprobs)
         logprobs = Logprobs(full((num_rows, num_slots), 0.0), full(top, 0.0), full(top, NO_TOKEN, jnp.int32))
     return State(
         cache=cache,
@@ -357,4 +458,5 @@ def start(
         drafter=drafter_state,
         counts=full((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), 0, jnp.int32),
         logprobs=logprobs,
+        budget=None if request.costs is None else budget.start(settings.sizes, request.costs, num_rows, drafter.num_nodes),
     )

@@ -25,6 +25,7 @@ class Result:
       finish_reason: "stop" (a stop token or string), "length" (max_new_tokens) or "context" (the cache's end).
       accept_lengths: tokens that each step appended, the model's own bonus token included; their sum is len(tokens).
       nodes_per_step: draft nodes verified per step, the root not counted.
+      pass_sizes: nodes that each step's pass had room for, the root included: what an adaptive budget chose.
       sources: per token, the database that drafted it, or "not drafted".
       source_counts: per source, {"proposed": [...], "accepted": [...]} nodes by depth, depth 1 first; of all steps that
         ran, those that a stop string then cut off included.
@@ -40,6 +41,7 @@ class Result:
     finish_reason: str
     accept_lengths: list[int]
     nodes_per_step: float
+    pass_sizes: list[int]
     sources: list[str]
     source_counts: dict[str, dict[str, list[int]]]
     compile_ms: float

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import loop, sharding
+from hd_jax import budget, loop, sharding, step_costs
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
@@ -26,6 +27,9 @@ RESERVE = 128  # slots behind the last token of every cache, for a chunk or a pa
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
+
+
+_step_costs: dict[Hashable, list[float]] = {}  # of the programs that this process has run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +57,7 @@ class Options:
     logprobs: int = 0
     loop: str = "device"
     exact: bool = False
+    budget: str | Mapping[int, float] | None = None
     ends_at_stop_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -69,6 +74,13 @@ class Options:
             problems.append(f"logprobs must be at least 0, not {self.logprobs}")
         if self.loop not in ("device", "host"):
             problems.append(f"loop must be 'device' or 'host', not {self.loop!r}")
+        if isinstance(self.budget, Mapping):
+            if 1 not in self.budget or not all(isinstance(n, int | np.integer) and n >= 1 for n in self.budget):
+                problems.append(f"a budget's sizes are whole numbers, 1 among them, not {list(self.budget)}")
+            if not all(0 < cost < float("inf") for cost in self.budget.values()):
+                problems.append(f"a budget's costs must be positive and finite, not {list(self.budget.values())}")
+        elif self.budget not in (None, "adaptive"):
+            problems.append(f"budget must be 'adaptive', costs by number of nodes, or None, not {self.budget!r}")
         if any(not text for text in self.stop):
             problems.append("an empty stop string would end every text at once")
         if problems:
@@ -103,6 +115,23 @@ class Progress:
     results: list[Result]  # of all rows with the last dispatch; empty before
 
 
+def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
+    """How many nodes a pass may have. Where there is more than one number, the budget is adaptive.
+
+    Exact mode has one width, so there is nothing to choose.
+    """
+    if options.exact:
+        return (EXACT_WIDTH,)
+    if options.budget is None:
+        return (drafter.num_nodes,)
+    if isinstance(options.budget, Mapping):
+        sizes = tuple(sorted(int(size) for size in options.budget if size <= drafter.num_nodes))
+        if len(sizes) == 1 < drafter.num_nodes:
+            raise ValueError(f"the budget has no size from 2 to the {drafter.num_nodes} nodes of drafter {drafter.name}")
+        return sizes
+    return budget.sizes_of(drafter.num_nodes)
+
+
 def num_slots(num_tokens: int) -> int:
     """S for texts of so many tokens: few sizes, so that few programs are compiled; the reserve is added."""
     size = 256
@@ -129,7 +158,7 @@ def run(
       drafter: the method.
       rows: their prompts must be checked (`check_prompt`). On a mesh, axis `data` must divide their number.
       options: for all rows.
-      sync_every: steps a dispatch; one with loop="host", and for a drafter that needs the host.
+      sync_every: steps a dispatch; one with loop="host". For a drafter that needs the host, a dispatch ends before a draft.
       kept_cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
       num_cached: at most the prompt's length less one.
       kept_drafter_state: of an earlier request, for the drafter to renew.
@@ -141,6 +170,8 @@ def run(
     if options.exact and drafter.num_nodes > EXACT_WIDTH:
         raise ValueError(f"exact mode runs {EXACT_WIDTH} nodes a step; drafter {drafter.name} has {drafter.num_nodes}")
     mesh = lm.model.mesh
+    if options.budget is not None and mesh is not None:
+        raise ValueError("a budget is for one device; on a mesh every step verifies all nodes: leave it out")
     sharding.check_rows(len(rows), sharding.num_row_parts(mesh))
     by_rows = sharding.by_rows(mesh)
     drafter = sharding.put(drafter, sharding.replicated(mesh))
@@ -155,13 +186,20 @@ def run(
     for index, row in enumerate(rows):
         buffer[index, : len(row.prompt)] = row.prompt
     request = sharding.put(request_of(lm, rows, options), by_rows)
+    sizes = pass_sizes(drafter, options)
+    is_adaptive = len(sizes) > 1
     settings = loop.StepSettings(
         mode=sampling_mode(lm, options),
         num_logprobs=options.logprobs,
         is_exact=options.exact,
         width=EXACT_WIDTH if options.exact else 0,
+        sizes=sizes if is_adaptive else (),
     )
-    sync_every = 1 if options.loop == "host" or drafter.refresh is not None else sync_every
+    if is_adaptive:
+        costs = [options.budget[size] for size in sizes] if isinstance(options.budget, Mapping) else [1.0] * len(sizes)
+        request = request._replace(costs=jnp.asarray(costs, jnp.float32))
+    if options.loop == "host" or (drafter.refresh is not None and not is_adaptive):
+        sync_every = 1
     tokens = sharding.put(jnp.asarray(buffer), by_rows)
     num_chunks = -(-(max(lengths) - 1 - num_cached) // PREFILL_CHUNK)
 
@@ -170,19 +208,27 @@ def run(
             lm.model, lm.params, cache, tokens, jnp.int32(num_cached), jnp.int32(num_chunks), chunk_size=PREFILL_CHUNK
         )
 
-    def dispatch(state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
+    def arguments(request: loop.Request, state: loop.State, max_steps: int) -> tuple:
         host = sharding.put(loop.refresh(drafter, request, state), by_rows)
-        return loop.run_steps(
-            lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), sync_every=sync_every
-        )
+        return lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps)
+
+    def dispatch(request: loop.Request, state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
+        return loop.run_steps(*arguments(request, state, max_steps), sync_every=sync_every)
 
     def init() -> Any:
         return loop.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
 
     clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
     cache = fill(cache, 0)
-    state = loop.start(drafter, request, cache, tokens, init(), options.logprobs, mesh=mesh)
-    state, record = dispatch(state, 0)
+    state = loop.start(drafter, request, cache, tokens, init(), settings, mesh=mesh)
+    if is_adaptive and options.budget == "adaptive":
+        program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0), sync_every=sync_every)
+        key = (lm.model, settings, sync_every, _shape_key((drafter, request, state)))
+        if key not in _step_costs:
+            _step_costs[key], state = step_costs.of_program(program, dispatch, request, state, sizes)
+        request = request._replace(costs=jnp.asarray(_step_costs[key], jnp.float32))
+        state = loop.start(drafter, request, state.cache, tokens, state.drafter, settings, mesh=mesh)
+    state, record = dispatch(request, state, 0)
     jax.block_until_ready(state)
     compile_ms, clock = _lap(clock)
     state = state._replace(cache=fill(state.cache, num_chunks), drafter=init())
@@ -191,15 +237,17 @@ def run(
 
     accept_lengths: list[list[int]] = [[] for _ in rows]
     num_nodes: list[list[int]] = [[] for _ in rows]  # of each step
+    sizes_run: list[list[int]] = [[] for _ in rows]  # of each step's pass
     stopped_at: list[int | None] = [None] * len(rows)  # generated tokens up to the end of a stop string
     decode_ms = 0.0
     is_done = False
     while not is_done:
-        state, record = dispatch(state, sync_every)
-        appended, nodes = sharding.fetch(record.num_appended), sharding.fetch(record.num_nodes)
+        state, record = dispatch(request, state, sync_every)
+        appended, nodes, run_sizes = (sharding.fetch(values) for values in record)
         for index in range(len(rows)):
             accept_lengths[index] += appended[index][appended[index] > 0].tolist()
             num_nodes[index] += nodes[index][appended[index] > 0].tolist()
+            sizes_run[index] += run_sizes[appended[index] > 0].tolist()
         generated = _generated(state, lengths)
         is_finished = sharding.fetch(state.is_finished)
         if options.stop:
@@ -227,6 +275,7 @@ def run(
                         options,
                         accept_lengths[index],
                         num_nodes[index],
+                        sizes_run[index],
                         sources[index, start:],
                         counts[index],
                         jax.tree.map(lambda x, i=index, start=start: x[i, start:], logprobs),
@@ -290,6 +339,12 @@ def sampling_of(rows: Sequence[Row], options: Options) -> Sampling:
     )
 
 
+def _shape_key(tree: Any) -> Hashable:
+    """Equal for arguments that the same compiled program takes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
 def _lap(since: float) -> tuple[float, float]:
     now = time.perf_counter()
     return (now - since) * 1e3, now
@@ -321,6 +376,7 @@ def _result(
     options: Options,
     accept_lengths: list[int],
     num_nodes: list[int],
+    pass_sizes: list[int],
     sources: np.ndarray,
     counts: np.ndarray,
     logprobs: loop.Logprobs | None,
@@ -355,6 +411,7 @@ def _result(
         finish_reason=reason,
         accept_lengths=steps,
         nodes_per_step=float(np.mean(num_nodes[: len(steps)])),
+        pass_sizes=pass_sizes[: len(steps)],
         sources=[NOT_DRAFTED if s < 0 else names[s] for s in sources[: len(tokens)].tolist()],
         source_counts={
             name: {"proposed": counts[0, i, 1:].tolist(), "accepted": counts[1, i, 1:].tolist()} for i, name in enumerate(names)

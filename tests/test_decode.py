@@ -147,6 +147,29 @@ def test_every_drafter_writes_plain_decodings_tokens(lm, name, temperature):
     _assert_equal(lm, drafter, _plain(lm, temperature, False), batch, temperature=temperature)
 
 
+BUDGET = {1: 1.0, 3: 1.03, 9: 1.06}  # at such costs drafts pay at once, so that several sizes run
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_an_adaptive_budget_changes_no_token(lm, name):
+    drafter, temperature = DRAFTERS[name], TEMPERATURES.get(name, [0.0])[-1]
+    options = {"max_new_tokens": NUM_NEW, "temperature": temperature, "budget": BUDGET, "logprobs": 2}
+    out = decode.generate(lm, PROMPTS, drafter=drafter, seed=[0, 1, 2], **options)
+    _assert_equal(lm, drafter, _plain(lm, temperature, False), out, temperature=temperature, num_rows=3, budget=BUDGET)
+    assert len({size for result in out for size in result.pass_sizes}) > 1
+    for result, plain in zip(out, _plain(lm, temperature, False, logprobs=2), strict=True):
+        if result.tokens == plain.tokens:
+            found, expected = ([chosen for chosen, _ in r.logprobs] for r in (result, plain))
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_exact_mode_has_no_budget(lm):
+    options = {"drafter": DRAFTERS["pld"], "max_new_tokens": NUM_NEW, "exact": True}
+    out = decode.generate(lm, PROMPTS[0], budget=BUDGET, **options)
+    assert set(out.pass_sizes) == {runner.EXACT_WIDTH}
+    assert out.accept_lengths == decode.generate(lm, PROMPTS[0], **options).accept_lengths
+
+
 @pytest.mark.parametrize(("name", "temperature"), [case for case in CASES if case[1] != 0.7])
 def test_exact_mode_is_bit_equal(lm, name, temperature):
     options = {"max_new_tokens": NUM_NEW, "temperature": temperature, "exact": True, "logprobs": 2}
@@ -320,6 +343,10 @@ BAD = [
     ({"max_new_tokens": 4.5}, "max_new_tokens"),
     ({"logprobs": 49}, "at most the vocabulary's 48"),
     ({"drafter": "pld", "num_nodes": 1}, "num_nodes of at least 2"),
+    ({"budget": "small"}, "budget must be 'adaptive'"),
+    ({"budget": {4: 1.0}}, "1 among them"),
+    ({"budget": {1: 1.0, 4: 0.0}}, "positive and finite"),
+    ({"drafter": "pld", "budget": {1: 1.0, 99: 2.0}}, "no size from 2 to the 11 nodes"),
 ]
 
 

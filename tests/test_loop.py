@@ -19,25 +19,30 @@ from hd_jax.models.llama import empty_cache
 from hd_jax.runner import LM, Options, Row
 
 
-def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False):
+def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, sizes: tuple[int, ...] = ()):
     """What `run_steps` takes, for rows with a prompt of nine tokens."""
     options = Options(max_new_tokens=20, exact=exact)
     rows = [Row([3, 4, 5] * 3, seed) for seed in range(num_rows)]
     mesh = lm.model.mesh
     request = sharding.put(runner.request_of(lm, rows, options), sharding.by_rows(mesh))
+    if sizes:
+        request = request._replace(costs=jnp.arange(1.0, len(sizes) + 1))
     slots = runner.num_slots(29)
     tokens = jnp.zeros((num_rows, slots), jnp.int32).at[:, :9].set(jnp.asarray([3, 4, 5] * 3))
     tokens = sharding.put(tokens, sharding.by_rows(mesh))
     cache = empty_cache(lm.config, num_rows, slots, mesh)
     drafter_state = loop.init_drafter(drafter, request, tokens, None, mesh=mesh)
-    state = loop.start(drafter, request, cache, tokens, drafter_state, 0, mesh=mesh)
-    settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0)
+    settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0, sizes=sizes)
+    state = loop.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
     return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4)), slots
 
 
-@pytest.mark.parametrize(("num_rows", "exact"), [(1, False), (3, False), (1, True)])
-def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, num_rows, exact):
-    arguments, slots = _arguments(lm, drafters.hd(order="c"), num_rows, exact)
+@pytest.mark.parametrize(
+    ("num_rows", "exact", "sizes"),
+    [(1, False, ()), (3, False, ()), (1, True, ()), (1, False, (1, 4, 16)), (3, False, (1, 4, 16))],
+)
+def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, num_rows, exact, sizes):
+    arguments, slots = _arguments(lm, drafters.hd(order="c"), num_rows, exact, sizes)
     text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
     shape = f"f32\\[{num_rows},{lm.config.num_kv_heads},{slots},{lm.config.head_dim}\\]"
     body = text[: text.index("ENTRY")]  # every computation but the entry, so the loop's body among them
@@ -67,23 +72,24 @@ def _hd_tree() -> Drafter:
 
 
 @pytest.mark.parametrize(
-    ("make", "exact"),
+    ("make", "exact", "sizes"),
     [
-        (lambda: drafters.hd(order="c"), False),
-        (lambda: drafters.hd(order="c"), True),
-        (_hd_tree, False),
-        (lambda: drafters.lookahead(window=3, pool_from_prompt=False), False),
-        (lambda: drafters.recycling(vocab_size=48), False),
+        (lambda: drafters.hd(order="c"), False, ()),
+        (lambda: drafters.hd(order="c"), True, ()),
+        (_hd_tree, False, ()),
+        (_hd_tree, False, (1, 4, 9)),
+        (lambda: drafters.lookahead(window=3, pool_from_prompt=False), False, ()),
+        (lambda: drafters.recycling(vocab_size=48), False, ()),
     ],
-    ids=["hd", "hd-exact", "hd_tree", "lookahead", "recycling"],
+    ids=["hd", "hd-exact", "hd_tree", "hd_tree-budget", "lookahead", "recycling"],
 )
-def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact):
+def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact, sizes):
     """No callback, no host: the whole loop is one program on every platform."""
-    lower_for_gpus_and_tpus(lm, make(), exact)
+    lower_for_gpus_and_tpus(lm, make(), exact, sizes)
 
 
-def lower_for_gpus_and_tpus(lm: LM, drafter: Drafter, exact: bool) -> export.Exported:
-    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, drafter, 2, exact)
+def lower_for_gpus_and_tpus(lm: LM, drafter: Drafter, exact: bool, sizes: tuple[int, ...] = ()) -> export.Exported:
+    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, drafter, 2, exact, sizes)
     run = jax.jit(lambda p, r, s, n: loop.run_steps(model, settings, p, drafter, r, host, s, n, sync_every=4))
     exported = export.export(run, platforms=["cuda", "tpu"])(params, request, state, steps)
     assert "stablehlo.while" in exported.mlir_module()
@@ -150,7 +156,7 @@ def test_a_replay_without_a_model_takes_the_steps_of_one_with_it(lm):
     request = with_model[4]
     state, record = loop.run_steps(*with_model[:7], jnp.int32(20), sync_every=20)
     tokens = jnp.zeros((1, slots), jnp.int32).at[0, :9].set(jnp.asarray(text[:9]))
-    alone = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, None), 0)
+    alone = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, None), loop.StepSettings())
     alone, record_alone = loop.run_steps(
         None, loop.StepSettings(), None, drafter, request, (), alone, jnp.int32(20), sync_every=20
     )

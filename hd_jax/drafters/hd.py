@@ -129,7 +129,7 @@ def _functions(order: str, ngram: int, window: int, num_drafts: int, num_trie_no
         sources = np.concatenate([np.full(v.shape[0], list(SOURCES).index(letter)) for v, _, letter in found])
         lengths = _first_distinct(drafts, lengths, num_drafts)
         trie = draft_tree.merge(root, drafts, lengths, jnp.asarray(sources, jnp.int32), num_trie_nodes)
-        return draft_tree.join(jacobi_window.tree(state.window, root), trie) if window else trie
+        return draft_tree.join(trie, jacobi_window.tree(state.window, root)) if window else trie
 
     def update(tables, state: State, context: Context, feedback: Feedback) -> State:
         del tables

@@ -9,7 +9,8 @@ every column continues downwards (here width 4, n-gram 4):
      |      |     |     |         column and its new token are an n-gram; row 0 is dropped
      c0     c1    c2    c3
 
-A window is int32[n - 1, W]; what stands at [0, 0] has no meaning: the root is there.
+A window is int32[n - 1, W]; what stands at [0, 0] has no meaning: the root is there. Its other cells are the last nodes of a
+tree, in their order: an adaptive budget cuts the window before the drafts, and a window that was cut stays as it is.
 """
 
 from __future__ import annotations
@@ -53,10 +54,16 @@ def tree(window: jax.Array, root: jax.Array) -> DraftTree:
     )
 
 
-def advance(window: jax.Array, feedback: Feedback) -> tuple[jax.Array, jax.Array]:
-    """The next window, and the n-grams int32[W, n] of this one, after a step whose tree began with the window's."""
-    num_rows, width = window.shape
-    bottom = feedback.argmax[(num_rows - 1) * width + jnp.arange(width)]  # after the window's last row
+def advance(window: jax.Array, feedback: Feedback) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """After a step whose tree ended with the window's nodes: what they made.
+
+    Returns:
+      The next window, the n-grams int32[W, n] of this one, and bool[], whether its nodes were verified. If they were not, the
+      n-grams have no meaning, and the next window is this one.
+    """
+    cells = np.concatenate([[draft_tree.ROOT_INDEX], np.arange(-(window.size - 1), 0)]).reshape(window.shape)  # node of each
+    bottom = feedback.argmax[cells[-1]]  # after the window's last row
     columns = window.at[0, 0].set(feedback.tree.tokens[draft_tree.ROOT_INDEX])
     columns = jnp.concatenate([columns, bottom[None]])  # [n, W]
-    return columns[1:], columns.T
+    is_verified = jnp.all(draft_tree.is_node(feedback.tree)[cells[-1]])
+    return jnp.where(is_verified, columns[1:], window), columns.T, is_verified

@@ -72,7 +72,7 @@ def lookahead(
         lengths = jnp.where(is_found, ngram - 1, 0)
         sources = jnp.zeros(num_drafts, jnp.int32)
         trie = draft_tree.merge(context.root, drafts, lengths, sources, num_nodes - window_nodes)
-        return draft_tree.join(jacobi_window.tree(state.window, context.root), trie)
+        return draft_tree.join(trie, jacobi_window.tree(state.window, context.root))
 
     def update(tables, state: State, context: Context, feedback: Feedback) -> State:
         del tables

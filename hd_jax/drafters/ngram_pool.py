@@ -74,8 +74,8 @@ def learn(state: State, context: Context, feedback: Feedback, *, is_of_text: boo
     window, width = state.window, state.window.shape[1]
     added: list[tuple[jax.Array, jax.Array]] = []  # int32[any, n] n-grams, and which of them are new
     if width:
-        window, columns = jacobi_window.advance(window, feedback)
-        added.append((columns, jnp.broadcast_to(feedback.num_appended > 0, width)))
+        window, columns, is_verified = jacobi_window.advance(window, feedback)
+        added.append((columns, jnp.broadcast_to(is_verified & (feedback.num_appended > 0), width)))
     if is_of_text:
         back = jnp.arange(feedback.path.shape[0])
         ends = context.length - feedback.num_appended + back  # slots of the appended tokens, oldest first

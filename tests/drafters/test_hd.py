@@ -81,8 +81,9 @@ def test_context_database_is_the_papers_lru(window):
             assert _paths(tree, wanted) == _trie_of(model.latest_first(text[-1]))
             argmax = rng.integers(0, 4, drafter.num_nodes)
             if window:
-                cells = np.asarray(tree.tokens)[: (ngram - 1) * window].reshape(ngram - 1, window)
-                bottom = argmax[(ngram - 2) * window : (ngram - 1) * window]
+                nodes = [0, *range(drafter.num_nodes - (ngram - 1) * window + 1, drafter.num_nodes)]  # the window is last
+                cells = np.asarray(tree.tokens)[nodes].reshape(ngram - 1, window)
+                bottom = argmax[-window:]
                 for column in range(window):
                     model.insert([*cells[:, column], bottom[column]])
             new = rng.integers(0, 4, rng.integers(1, drafter.max_depth + 2)).tolist()[:ngram]
@@ -122,10 +123,11 @@ def test_window_is_a_tree_of_columns_under_a_first_row():
     drafter = drafters.hd(order="c", ngram=4, window=4, num_drafts=1)
     buffer = np.arange(10)
     tree = drafter.draft(drafter.tables, drafter.init(drafter.tables, _context(buffer, 10)), _context(buffer, 10))
-    assert tree.parents.tolist()[:12] == [-1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]
-    assert tree.is_window.tolist()[:12] == [False] + [True] * 11
+    assert tree.tokens.shape == (15,)  # the root, a draft of three, and eleven cells
+    assert tree.parents.tolist()[4:] == [0, 4, 5, 0, 4, 5, 6, 7, 8, 9, 10]
+    assert tree.is_window.tolist() == [False] * 4 + [True] * 11
     depths = draft_tree.depths(draft_tree.ancestor_mask(tree))
-    assert depths.tolist()[:12] == [0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert depths.tolist()[4:] == [1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5]
     assert int(depths.max()) <= drafter.max_depth
 
 

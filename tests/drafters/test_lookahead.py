@@ -65,7 +65,8 @@ def test_the_pool_is_the_windows_ngrams_and_those_of_the_text(pool_from_prompt):
     for step in range(25):
         tree = draft((), state, _context(text))
         num_window = (ngram - 1) * window
-        rows = np.asarray(tree.tokens)[:num_window].reshape(ngram - 1, window).tolist()
+        cells = [0, *range(drafter.num_nodes - num_window + 1, drafter.num_nodes)]
+        rows = np.asarray(tree.tokens)[cells].reshape(ngram - 1, window).tolist()
         assert rows[0][0] == text[-1]
         if step:
             assert rows[0][1:] == expected[0][1:] and rows[1:] == expected[1:]  # noqa: F821 - of the step before
@@ -73,7 +74,7 @@ def test_the_pool_is_the_windows_ngrams_and_those_of_the_text(pool_from_prompt):
         assert drafts == pool.prefixes(text[-1])
         num_drafted += len(drafts)
         argmax = rng.integers(0, 4, drafter.num_nodes)
-        expected = [*rows[1:], argmax[num_window - window : num_window].tolist()]
+        expected = [*rows[1:], argmax[cells[-window:]].tolist()]
         for column in zip(rows[0], *expected, strict=True):
             pool.add(list(column))
         num_appended = int(rng.integers(1, ngram + 1))
@@ -83,6 +84,20 @@ def test_the_pool_is_the_windows_ngrams_and_those_of_the_text(pool_from_prompt):
                 pool.add(text[-ngram:])
         state = update((), state, _context(text), _feedback(drafter, tree, argmax, num_appended))
     assert num_drafted > 50
+
+
+def test_a_window_that_was_not_verified_stays_as_it_is():
+    drafter = drafters.lookahead(ngram=3, window=3, num_drafts=2, pool_from_prompt=False)
+    context = _context([1, 3, 1, 3, 1])
+    state = drafter.init((), context)
+    tree = drafter.draft((), state, context)
+    argmax = np.arange(drafter.num_nodes)
+    whole = drafter.update((), state, context, _feedback(drafter, tree, argmax, 1))
+    assert (int(whole.num_logged), whole.window[-1].tolist()) == (3, argmax[-3:].tolist())
+    cut = tree._replace(parents=tree.parents.at[-1].set(draft_tree.UNUSED))
+    after = drafter.update((), state, context, _feedback(drafter, cut, argmax, 1))
+    assert int(after.num_logged) == 0
+    np.testing.assert_array_equal(after.window, state.window)
 
 
 def test_nothing_is_drafted_before_the_window_made_anything():

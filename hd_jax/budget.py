@@ -1,0 +1,150 @@
+"""The adaptive budget: how many nodes of a draft each step verifies, by what passes cost and by what drafts have earned.
+
+A drafter's tree of N nodes holds a smaller tree in every prefix: its first n nodes. A step verifies the first n of one of a few
+compiled sizes, for all rows of a batch the one that promises most tokens for its cost; size 1 drafts nothing.
+
+What a size would have earned is learned in hindsight. A drafted tree is kept until the text, however it was verified, has
+gone on to a token that the tree does not hold. Then the depth that the text reached in each prefix is known, in those
+that were not verified too, and enters a moving average:
+
+    tree   c -> d -> e -> f , c -> x     sizes 1, 2, 4, 6
+    text   c d e g                       depths 0, 1, 2, 2: the sizes would have appended 1, 2, 3, 3 tokens
+
+One tree a row is watched at a time. When no size earns its cost, steps verify the root alone for a while, then one draft is
+tried again; as long as tries fail, the intervals between them grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hd_jax import draft_tree
+from hd_jax.draft_tree import NO_TOKEN, DraftTree
+
+SIZES = (4, 8, 16, 32, 64)  # nodes of a pass besides 1 and the drafter's N, where they are smaller
+MIN_RATIO = 4 / 3  # of N to the next smaller size: each size is a program to compile
+# Set by simulation on the embedded model's answers to the embedded questions, with four drafters and two cost curves: from
+# half to twice these values, mean speeds differ by two per cent.
+FIRST_GAIN, GAIN_RATIO = (
+    0.7,
+    0.7,
+)  # tokens that the first drafted size is taken to add, before anything is known; then each next
+RATE = 0.2  # weight of the newest tree
+FIRST_INTERVAL, MAX_INTERVAL = 4, 32  # steps without a draft before the next try, after the first failure and at most
+NOTHING_WATCHED = 0  # in place of a length
+
+
+class Watched(NamedTuple):
+    """A drafted tree of every row, and the text's length when it was drafted."""
+
+    tree: DraftTree  # [B, N]
+    ancestors: jax.Array  # bool[B, N, N]
+    lengths: jax.Array  # int32[B], the root included; or NOTHING_WATCHED
+
+
+class State(NamedTuple):
+    """Z sizes, ascending; the first is 1."""
+
+    gains: jax.Array  # float32[Z - 1], tokens a step that each size adds to the next smaller one
+    chosen: jax.Array  # int32[], index of the next step's size; 0: nothing is drafted
+    wait: jax.Array  # int32[], further steps without a draft before the next try
+    interval: jax.Array  # int32[], the wait after the next failure
+    watched: Watched
+
+
+def sizes_of(num_nodes: int) -> tuple[int, ...]:
+    """The sizes for a drafter of N nodes."""
+    return tuple(sorted({1, *(size for size in SIZES if size * MIN_RATIO < num_nodes), num_nodes}))
+
+
+def start(sizes: Sequence[int], costs: jax.Array, num_rows: int, num_nodes: int) -> State:
+    """Before the first step.
+
+    Args:
+      sizes: Z of them.
+      costs: float32[Z], of a step of each size, in any unit.
+      num_rows: B.
+      num_nodes: N.
+    """
+    tree = jax.vmap(draft_tree.root_only, in_axes=(0, None))(jnp.zeros(num_rows, jnp.int32), num_nodes)
+    ancestors = jnp.zeros((num_rows, num_nodes, num_nodes), bool)
+    watched = Watched(tree, ancestors, jnp.full(num_rows, NOTHING_WATCHED, jnp.int32))
+    gains = jnp.asarray(FIRST_GAIN * GAIN_RATIO ** np.arange(len(sizes) - 1), jnp.float32)
+    chosen = jnp.argmax(_values(gains, costs)).astype(jnp.int32)
+    return State(gains, chosen, jnp.int32(0), jnp.int32(FIRST_INTERVAL), watched)
+
+
+def smallest(sizes: Sequence[int], costs: jax.Array, chosen: jax.Array, tree: DraftTree) -> jax.Array:
+    """int32[]: index of the cheapest size that holds as many nodes of the batch's trees as the chosen one."""
+    places = jnp.arange(tree.parents.shape[1])
+    is_held = draft_tree.is_node(tree) & (places < jnp.asarray(sizes)[chosen])
+    num_held = jnp.max(jnp.where(is_held, places + 1, 1))
+    return jnp.argmin(jnp.where(np.asarray(sizes) >= num_held, costs, jnp.inf)).astype(jnp.int32)
+
+
+def watch(state: State, tree: DraftTree, ancestors: jax.Array, lengths: jax.Array) -> State:
+    """Begins to watch a step's trees where none is watched. `lengths` int32[B]: of the text, when they were drafted."""
+    is_new = (state.watched.lengths == NOTHING_WATCHED) & (state.chosen > 0)
+    pick = lambda new, old: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
+    return state._replace(watched=jax.tree.map(pick, Watched(tree, ancestors, lengths), state.watched))
+
+
+def reached(watched: Watched, sizes: Sequence[int], tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How deep the text got in each prefix of one row's tree.
+
+    Args:
+      watched: of the row, without the axis B.
+      sizes: Z of them.
+      tokens: int32[S], the text.
+      length: int32[], of it.
+
+    Returns:
+      int32[Z] depths, and bool[] whether they are final: the text's next token is known, and the tree does not hold it.
+    """
+    tree, ancestors = watched.tree, watched.ancestors
+    depths = draft_tree.depths(ancestors)
+    slots = watched.lengths - 1 + depths
+    said = jnp.where(slots < length, tokens.at[slots].get(mode="fill", fill_value=NO_TOKEN), NO_TOKEN)
+    is_said = draft_tree.is_node(tree) & ~tree.is_window & (tree.tokens == said)
+    is_on_path = ~jnp.any(ancestors & ~is_said, axis=-1)
+    is_within = np.arange(tree.tokens.shape[0]) < np.asarray(sizes)[:, None]  # [Z, N]
+    by_size = jnp.max(jnp.where(is_on_path & is_within, depths, 0), axis=-1)
+    return by_size, (watched.lengths != NOTHING_WATCHED) & (watched.lengths + by_size[-1] < length)
+
+
+def advance(state: State, sizes: Sequence[int], costs: jax.Array, tokens: jax.Array, lengths: jax.Array) -> State:
+    """The state after a step: learns from the trees whose depths are final, and chooses the next size.
+
+    Args:
+      state: the step's trees are watched.
+      sizes: Z of them.
+      costs: float32[Z], of a step of each size.
+      tokens: int32[B, S], the texts after the step.
+      lengths: int32[B], of them.
+    """
+    depths, is_final = jax.vmap(reached, in_axes=(0, None, 0, 0))(state.watched, tuple(sizes), tokens, lengths)
+    num_final = jnp.sum(is_final)
+    mean = jnp.sum(jnp.where(is_final[:, None], jnp.diff(depths, axis=1), 0), axis=0) / jnp.maximum(num_final, 1)
+    weight = 1 - (1 - RATE) ** num_final.astype(jnp.float32)  # as if they had come one by one
+    gains = state.gains + weight * (mean - state.gains)
+    watched = state.watched._replace(lengths=jnp.where(is_final, NOTHING_WATCHED, state.watched.lengths))
+
+    values = _values(gains, costs)
+    best = jnp.argmax(values)
+    has_failed = (best == 0) & (state.chosen > 0)
+    wait = jnp.where(has_failed, state.interval, jnp.maximum(state.wait - 1, 0))
+    wait = jnp.where(best > 0, 0, wait)
+    interval = jnp.where(has_failed, jnp.minimum(2 * state.interval, MAX_INTERVAL), state.interval)
+    interval = jnp.where(best > 0, FIRST_INTERVAL, interval)
+    chosen = jnp.where(wait > 0, 0, 1 + jnp.argmax(values[1:]))
+    return State(gains, chosen.astype(jnp.int32), wait, interval, watched)
+
+
+def _values(gains: jax.Array, costs: jax.Array) -> jax.Array:
+    """float32[Z]: expected tokens of a step of each size, over its cost."""
+    return (1 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(gains)])) / costs

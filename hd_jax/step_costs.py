@@ -1,0 +1,106 @@
+"""What a decoding step costs on this device by the number of nodes it verifies: measured once, and kept on disk.
+
+The very program that will decode is timed, drafter and commit included, so a curve belongs to one model, drafter, batch size
+and size of the cache. Its key is the program's text: a program that has changed is measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hd_jax import loop
+
+NUM_STEPS = 6  # of each size in a round
+NUM_ROUNDS = 5  # whose medians count, after one to warm up
+FOLDER = "step_costs"  # inside that of JAX's compilation cache
+
+Dispatch = Callable[[loop.Request, loop.State, int], tuple[loop.State, loop.Record]]
+
+
+def measure(
+    dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]
+) -> tuple[list[float], loop.State]:
+    """Milliseconds of a step of each size. The sizes take turns, so that a slow moment of the machine slows all alike.
+
+    Args:
+      dispatch: runs a number of steps at most; the state is donated.
+      request: whose prompts are decoded; neither its limits nor its stop tokens count.
+      state: before the first step.
+      sizes: of the budget.
+
+    Returns:
+      The times, and the state, of which only the cache's slots before the prompts' last tokens are as they were.
+    """
+    assert state.budget is not None
+    request = request._replace(
+        limits=jnp.full_like(request.limits, np.iinfo(np.int32).max),
+        stop_tokens=jnp.full_like(request.stop_tokens, loop.NO_TOKEN),
+    )
+    times: list[list[float]] = [[] for _ in sizes]
+    for _ in range(NUM_ROUNDS + 1):
+        for index, _ in enumerate(sizes):
+            # A size whose cost is infinite is not chosen, and without a draft the wait is not over before the end.
+            only = request._replace(costs=jnp.full(len(sizes), jnp.inf).at[index].set(1.0))
+            assert state.budget is not None
+            forced = state.budget._replace(chosen=jnp.int32(index), wait=jnp.int32(NUM_STEPS + 1))
+            lengths, is_finished = jnp.array(request.prompt_lengths), jnp.zeros_like(state.is_finished)
+            state = state._replace(lengths=lengths, is_finished=is_finished, budget=forced)
+            jax.block_until_ready(state)
+            clock, num_left = time.perf_counter(), NUM_STEPS
+            while num_left:
+                state, record = dispatch(only, state, num_left)
+                num_left -= int(np.count_nonzero(record.pass_sizes))
+            times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
+    return [statistics.median(rounds[1:]) for rounds in times], state
+
+
+def of_program(
+    lower: Callable[[], Any], dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]
+) -> tuple[list[float], loop.State]:
+    """As `measure`, unless the times of the program that `lower` gives are on disk, where they are kept."""
+    path = path_of(lower().as_text())
+    times = read(path, sizes) if path else None
+    if times is None:
+        times, state = measure(dispatch, request, state, sizes)
+        if path:
+            write(path, sizes, times)
+    return times, state
+
+
+def path_of(program: str) -> pathlib.Path | None:
+    """Where the curve of a program is kept, by its text; None where JAX keeps no compilation cache."""
+    folder = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 - it is not in the type stubs
+    if folder is None:
+        return None
+    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
+    digest = hashlib.sha256(f"{device}\n{program}".encode()).hexdigest()
+    return pathlib.Path(folder) / FOLDER / f"{digest}.json"
+
+
+def read(path: pathlib.Path, sizes: Sequence[int]) -> list[float] | None:
+    """The times that a file holds; None if there is none, or not of these sizes."""
+    try:
+        stored = json.loads(path.read_text())
+        return [float(stored[str(size)]) for size in sizes]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write(path: pathlib.Path, sizes: Sequence[int], times: Sequence[float]) -> None:
+    """Writes beside the place and renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+    temporary.write_text(json.dumps({str(size): ms for size, ms in zip(sizes, times, strict=True)}))
+    os.replace(temporary, path)

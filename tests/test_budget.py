@@ -1,0 +1,172 @@
+"""The adaptive budget: what is learned in hindsight, what is chosen, and when it is tried again."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hd_jax import budget, decode, draft_tree, exactness, runner, step_costs
+from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
+from hd_jax.drafters.base import Context, Drafter
+
+SIZES = (1, 2, 4, 6)
+
+
+def _tree(*nodes: tuple[int, int]) -> DraftTree:
+    """A tree of (token, parent) nodes."""
+    tokens, parents = (jnp.asarray(column, jnp.int32) for column in zip(*nodes, strict=True))
+    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool))
+
+
+# root 3; 4 5 6 below each other, then 9 under the root and 7 below 6
+TREE = _tree((3, NO_PARENT), (4, 0), (5, 1), (6, 2), (9, 0), (7, 3))
+
+
+@pytest.mark.parametrize("sizes", [(1, 9), (1, 4, 9), (1, 4, 8, 16, 28), (1, 4, 8, 16, 32, 64), (1, 4, 8, 16, 32, 64, 120)])
+def test_sizes_are_one_and_a_drafters_own_and_few_between(sizes):
+    if sizes == (1, 9):
+        assert budget.sizes_of(2) == (1, 2)
+        assert budget.sizes_of(1) == (1,)
+    else:
+        assert budget.sizes_of(sizes[-1]) == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "depths", "is_final"),
+    [
+        ([8, 3], [0, 0, 0, 0], False),
+        ([8, 3, 4], [0, 1, 1, 1], False),
+        ([8, 3, 2], [0, 0, 0, 0], True),
+        ([8, 3, 9, 1], [0, 0, 0, 1], True),
+        ([8, 3, 4, 5, 6, 7], [0, 1, 3, 4], False),
+        ([8, 3, 4, 5, 6, 7, 7], [0, 1, 3, 4], True),
+    ],
+)
+def test_how_deep_the_text_got_in_each_prefix(text, depths, is_final):
+    watched = budget.Watched(TREE, draft_tree.ancestor_mask(TREE), jnp.int32(2))
+    tokens = jnp.asarray([*text, 4, 5, 6, 7, 7])  # what stands behind the text is no part of it
+    found, final = budget.reached(watched, SIZES, tokens, jnp.int32(len(text)))
+    assert (found.tolist(), bool(final)) == (depths, is_final)
+    _, final = budget.reached(watched._replace(lengths=jnp.int32(0)), SIZES, tokens, jnp.int32(len(text)))
+    assert not final
+
+
+def test_window_nodes_earn_nothing():
+    tree = TREE._replace(is_window=jnp.asarray([False] + [True] * 5))
+    watched = budget.Watched(tree, draft_tree.ancestor_mask(tree), jnp.int32(1))
+    found, final = budget.reached(watched, SIZES, jnp.asarray([3, 4, 5, 6]), jnp.int32(4))
+    assert (found.tolist(), bool(final)) == ([0, 0, 0, 0], True)
+
+
+def _batch(tree: DraftTree) -> DraftTree:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+@pytest.mark.parametrize(("chosen", "costs", "expected"), [(3, [1, 2, 3, 4], 2), (1, [1, 2, 3, 4], 1), (3, [9, 9, 5, 4], 3)])
+def test_a_pass_has_no_more_places_than_nodes_ask_for(chosen, costs, expected):
+    tree = TREE._replace(parents=TREE.parents.at[3:].set(UNUSED))
+    index = budget.smallest(SIZES, jnp.asarray(costs, jnp.float32), jnp.int32(chosen), _batch(tree))
+    assert int(index) == expected
+    blank = _batch(draft_tree.root_only(jnp.int32(3), 6))
+    assert int(budget.smallest(SIZES, jnp.asarray([1.0, 2, 3, 4]), jnp.int32(chosen), blank)) == 0
+
+
+def _simulate(costs, texts_go_on, num_steps: int) -> list[int]:
+    """The chosen sizes of steps with TREE; at step i the text goes on as it says if `texts_go_on(i)`."""
+    costs = jnp.asarray(costs, jnp.float32)
+    state, text, out = budget.start(SIZES, costs, 1, 6), [3], []
+    advance = jax.jit(functools.partial(budget.advance, sizes=SIZES, costs=costs))
+    for step in range(num_steps):
+        out.append(SIZES[int(state.chosen)])
+        tree = _batch(TREE)
+        state = budget.watch(state, tree, jax.vmap(draft_tree.ancestor_mask)(tree), jnp.asarray([len(text)]))
+        said = [4, 5, 6, 7][: out[-1] - 1] if texts_go_on(step) else []
+        text += [*said, 3]  # no matter what was verified, each step ends with the root's token
+        tokens = jnp.zeros((1, 600), jnp.int32).at[0, : len(text)].set(jnp.asarray(text))
+        state = advance(state, tokens=tokens, lengths=jnp.asarray([len(text)]))
+    return out
+
+
+def test_sizes_follow_what_drafts_earn():
+    costs = [1.0, 1.1, 1.4, 2.0]
+    assert _simulate(costs, lambda step: True, 40)[-10:] == [4] * 10  # 4 tokens for 1.4, where six nodes give no more
+    never = _simulate(costs, lambda step: False, 160)
+    tries = [step for step, size in enumerate(never) if size > 1]
+    waits = np.diff(tries)[np.diff(tries) > 1] - 1
+    assert waits.tolist()[:4] == [budget.FIRST_INTERVAL * 2**i for i in range(4)]
+    assert max(waits) == budget.MAX_INTERVAL
+    changing = _simulate(costs, lambda step: step >= 40, 120)
+    assert changing[20:40].count(1) > 15
+    assert set(changing[-10:]) == {4}
+
+
+def test_without_a_chance_nothing_is_drafted_but_in_tries():
+    sizes = _simulate([1.0, 50.0, 60.0, 70.0], lambda step: True, 60)
+    assert sum(size > 1 for size in sizes) <= 5
+
+
+@functools.lru_cache
+def right_then_wrong(num_right: int, num_wrong: int) -> Drafter:
+    """Drafts eight tokens of a known text, of which those are wrong whose place is in the second part of each period."""
+
+    def draft(tables, state, context: Context) -> DraftTree:
+        del state
+        piece = jax.lax.dynamic_slice(tables, (context.length,), (8,))
+        places = context.length + jnp.arange(8)
+        is_wrong = places % (num_right + num_wrong) >= num_right
+        return draft_tree.from_chain(context.root, jnp.where(is_wrong, piece ^ 1, piece), jnp.int32(8))
+
+    return Drafter("periodic", num_nodes=9, max_depth=8, source_names=("text",), draft=draft)
+
+
+COSTS = {1: 1.0, 2: 1.2, 5: 1.6, 9: 2.4}
+
+
+@pytest.mark.parametrize("loop", ["device", "host"])
+def test_fewer_nodes_where_drafts_are_wrong(lm, loop):
+    reference = decode.generate(lm, [3, 4, 5] * 3, max_new_tokens=300)
+    text = jnp.asarray([*reference.prompt_tokens, *reference.tokens, *[0] * 9])
+    drafter = right_then_wrong(150, 150).replace(tables=text)
+    out = decode.generate(lm, [3, 4, 5] * 3, drafter=drafter, max_new_tokens=300, budget=COSTS, loop=loop)
+    assert exactness.check(lm, drafter, reference, out, budget=COSTS).is_explained
+    assert len(out.pass_sizes) == out.num_steps
+    assert {1, 9} <= set(out.pass_sizes) <= set(COSTS)
+    ends = np.cumsum(out.accept_lengths) + 9
+    sizes = np.asarray(out.pass_sizes)
+    assert np.mean(sizes[(ends > 180) & (ends < 300)]) < 2 < 8 < np.mean(sizes[(ends > 80) & (ends < 145)])
+    fixed = decode.generate(lm, [3, 4, 5] * 3, drafter=drafter, max_new_tokens=300, loop=loop)
+    assert set(fixed.pass_sizes) == {9}
+
+
+def test_costs_are_measured_once_and_kept(lm, tmp_path, monkeypatch):
+    calls = []
+    measure = step_costs.measure
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(step_costs, "measure", counted)
+    monkeypatch.setattr(step_costs, "path_of", lambda program: tmp_path / "costs" / f"{len(program)}.json")
+    monkeypatch.setattr(runner, "_step_costs", {})
+    first = decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
+    (path,) = (tmp_path / "costs").iterdir()
+    stored = step_costs.read(path, (1, 4, 8, 11))
+    assert stored is not None and min(stored) > 0
+    assert step_costs.read(path, (1, 5)) is None
+    decode.generate(lm, [4, 5, 6, 7], drafter="pld", max_new_tokens=20, budget="adaptive")
+    runner._step_costs.clear()  # as in another process
+    again = decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
+    assert len(calls) == 1
+    assert (again.tokens, again.pass_sizes) == (first.tokens, first.pass_sizes)
+    assert first.tokens == decode.generate(lm, [3, 4, 5], max_new_tokens=20).tokens
+
+
+def test_a_broken_file_of_costs_is_as_none(tmp_path):
+    for content in ("", "[1]", '{"1": null}', '{"1": 2.0'):
+        (tmp_path / "costs.json").write_text(content)
+        assert step_costs.read(tmp_path / "costs.json", (1,)) is None
