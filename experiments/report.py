@@ -6,6 +6,7 @@ counted by ids for every method, plain decoding included; every time is prefill 
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ LOOP_NGRAM = 8
 WARM = "-warm"  # ends the label of a method that remembers earlier requests
 NUM_PARTS = 4  # of a run, to see whether drafts get better as it goes on
 TERMINAL_WIDTH = 100
+STEP_RANGES = ((0, 8), (8, 32), (32, None))  # of a turn, over which the sizes of passes are told
 
 
 def summarize(answers: Mapping[str, Sequence[Answer]], plain: str = "none") -> list[dict[str, Any]]:
@@ -43,6 +45,7 @@ def summarize(answers: Mapping[str, Sequence[Answer]], plain: str = "none") -> l
         nodes_per_step: draft nodes verified, mean over steps,
         prefill_ms, decode_ms: sums; draft_us: drafting alone for one step, mean over the answers where it was measured,
         near_ties, near_ties_per_100k: explained differences from plain decoding, of turns, and per 100,000 tokens,
+        pass_sizes: for each of STEP_RANGES, steps by the number of nodes of their pass,
         acceptance: for each source, nodes proposed and accepted by depth, the root's children first.
 
     Raises:
@@ -105,8 +108,36 @@ def _rates(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]
         "draft_us": sum(draft_us) / len(draft_us) if draft_us else None,
         "near_ties": near_ties,
         "near_ties_per_100k": 100_000 * near_ties / tokens,
+        "pass_sizes": [_sizes_of(turns, slice(*ends)) for ends in STEP_RANGES],
         "acceptance": _acceptance(turns),
     }
+
+
+def _sizes_of(turns: Sequence[dict], steps: slice) -> dict[str, int]:
+    """Steps by the number of nodes of their pass, as JSON has it."""
+    counts = collections.Counter(size for turn in turns for size in turn["pass_sizes"][steps])
+    return {str(size): count for size, count in sorted(counts.items())}
+
+
+def regrets(rows: Sequence[dict], rivals: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """How methods of an adaptive budget compare with the best fixed one in hindsight.
+
+    Args:
+      rows: of `summarize`.
+      rivals: of each method of an adaptive budget, the methods of fixed budgets that it is compared with.
+
+    Returns:
+      For each method and task: `best`, the rival with the most tokens per second, and `regret`, the share of its speed that the
+      method falls short of; negative where the method is faster.
+    """
+    speed = {(row["method"], row["task"]): row["tokens_per_second"] for row in rows}
+    out = []
+    for method, others in rivals.items():
+        for task in [row["task"] for row in rows if row["method"] == method]:
+            best = max(others, key=lambda other, task=task: speed[other, task])
+            regret = 1 - speed[method, task] / speed[best, task]
+            out.append({"method": method, "task": task, "best": best, "regret": regret})
+    return out
 
 
 def _sum(answers: Sequence[Answer], key: str) -> Any:
@@ -146,7 +177,12 @@ def loop_share(answers: Sequence[Answer]) -> float:
 
 
 def write(
-    folder: pathlib.Path, title: str, answers: Mapping[str, Sequence[Answer]], skipped: Sequence[str], facts: Sequence[str]
+    folder: pathlib.Path,
+    title: str,
+    answers: Mapping[str, Sequence[Answer]],
+    skipped: Sequence[str],
+    facts: Sequence[str],
+    rivals: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Writes summary.json, report.md and the plots into `folder`.
 
@@ -156,14 +192,15 @@ def write(
       answers: of each method.
       skipped: a line for each question that was left out.
       facts: further lines about the run.
+      rivals: as for `regrets`.
 
     Returns:
       The tables and facts as text for a terminal.
     """
     rows = summarize(answers)
     loops = loop_share(answers["none"])
-    grown = growth(answers)
-    summary = {"results": rows, "growth": grown, "skipped": list(skipped), "loop_share": loops}
+    grown, regret = growth(answers), regrets(rows, rivals or {})
+    summary = {"results": rows, "growth": grown, "skipped": list(skipped), "loop_share": loops, "regret": regret}
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     plots = {
         "speedup": _plot_by_task(rows, "speedup"),
@@ -182,6 +219,9 @@ def write(
         *([f"Left out, as their prompts do not fit the context ({len(skipped)}): {'; '.join(skipped)}"] if skipped else []),
     ]
     tables = [(caption, note, *_grid(rows, kind)) for kind, (caption, note) in _TABLES.items()]
+    if rivals:
+        sizes = _sizes_grid(rows, list(rivals))
+        tables += [(*_REGRET, *_regret_grid(regret)), (*_SIZES, *sizes)]
     lines = [f"# {title}", *(f"- {note}" for note in notes)]
     for caption, note, head, body in tables:
         lines += [f"\n## {caption}\n\n{note}\n", markdown(head, body)]
@@ -208,6 +248,8 @@ _TABLES = {
     "tokens_per_step": ("Mean accepted tokens", "tokens per decoding step, the model's own included"),
     "cost": ("Overall", "total: all tokens / all seconds, over plain decoding's; near-ties: per 100,000 tokens"),
 }
+_REGRET = ("Regret", "of the adaptive budget: share of the best fixed method's tokens/s that is missed; negative is faster")
+_SIZES = ("Sizes of passes", "share of steps by nodes of the pass, over the steps of an answer")
 _COST_COLUMNS = {
     "total": ("speedup_total", "{:.2f}"),
     "tokens/s": ("tokens_per_second", "{:.1f}"),
@@ -263,6 +305,28 @@ def _task_acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[st
             if proposed:
                 shares.setdefault((row["method"], source), {})[row["task"]] = f"{accepted}/{proposed}"
     return ["method", "source", *tasks], [[*key, *(found.get(task, "") for task in tasks)] for key, found in shares.items()]
+
+
+def _regret_grid(regret: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    tasks = list(dict.fromkeys(row["task"] for row in regret))
+    by_key = {(row["method"], row["task"]): row for row in regret}
+    body = []
+    for method in dict.fromkeys(row["method"] for row in regret):
+        cells = [f"{by_key[method, task]['regret']:.2f}" for task in tasks]
+        body += [[method, *cells], ["  best", *(by_key[method, task]["best"].split("-", 1)[-1] for task in tasks)]]
+    return ["method", *tasks], body
+
+
+def _sizes_grid(rows: Sequence[dict], methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    overall = [row for row in rows if row["task"] == OVERALL and row["method"] in methods]
+    sizes = sorted({int(size) for row in overall for counts in row["pass_sizes"] for size in counts})
+    body = []
+    for row in overall:
+        for (start, end), counts in zip(STEP_RANGES, row["pass_sizes"], strict=True):
+            total = sum(counts.values())
+            shares = [f"{counts.get(str(size), 0) / total:.0%}" if total else "" for size in sizes]
+            body.append([row["method"], f"{start + 1}-{end or ''}", *shares])
+    return ["method", "steps", *map(str, sizes)], body
 
 
 def _acceptance_grid(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

@@ -101,7 +101,8 @@ class Bench:
         self.sessions: dict[str, Any] = {}  # of warm methods
         for method in methods:
             options = dict(method.options)
-            self.budgets[method.label] = _budget(method.label, options.pop(BUDGET, config.budget))
+            default = None if method.label == PLAIN else config.budget
+            self.budgets[method.label] = _budget(method.label, options.pop(BUDGET, default))
             if config.num_nodes is not None and "num_nodes" in inspect.signature(library.makers[method.drafter]).parameters:
                 options.setdefault("num_nodes", config.num_nodes)
             try:
@@ -271,7 +272,14 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
     if not is_writer:
         return ""
     title = f"Spec-Bench: {facts['model']['name']}, temperature {config.temperature:g}"
-    return report.write(folder, title, stored, skipped, _fact_lines(config, facts))
+    drafter_of = {method.label: method.drafter for method in methods}
+    fixed = [label for label in drafter_of if bench.budgets[label] is None]
+    rivals = {
+        label: [other for other in fixed if drafter_of[other] in (PLAIN, drafter_of[label])]
+        for label in drafter_of
+        if label not in fixed
+    }
+    return report.write(folder, title, stored, skipped, _fact_lines(config, facts), rivals)
 
 
 @contextlib.contextmanager

@@ -23,14 +23,16 @@ class FakeModel:
     max_context: int = 200
     requests: list = dataclasses.field(default_factory=list)  # (drafter's name, prompts, seeds) of each call
     interrupt_at: int | None = None  # call that Ctrl-C comes in
+    budgets: set = dataclasses.field(default_factory=set)  # (drafter's name, budget) of all calls
     wrong: tuple = ()  # names of drafters whose answers to the second turns differ
     is_explained: bool = False
 
     config = types.SimpleNamespace(dtype="float32")
     tokenizer = types.SimpleNamespace(chat=lambda messages: list("".join(f"<{m['content']}>" for m in messages).encode()))
 
-    def generate(self, lm, prompt, *, drafter, max_new_tokens, temperature, seed, exact):
+    def generate(self, lm, prompt, *, drafter, max_new_tokens, temperature, seed, exact, budget):
         assert lm is self
+        self.budgets.add((drafter.name, budget))
         is_batch = isinstance(prompt[0], list)  # of messages or of tokens
         prompts, seeds = (prompt, seed) if is_batch else ([prompt], [seed])
         assert len(prompts) == len(seeds)
@@ -57,6 +59,7 @@ class FakeModel:
             finish_reason="length",
             accept_lengths=[min(size, len(tokens) - start) for start in range(0, len(tokens), size)],
             nodes_per_step=size - 1.0,
+            pass_sizes=[size] * -(-len(tokens) // size),
             sources=["context"] * len(tokens),
             source_counts={"context": {"proposed": [4] * (size - 1), "accepted": [2] * (size - 1)}},
             compile_ms=7.0,
@@ -147,6 +150,7 @@ def config(tmp_path):
         batch_size=1,
         mesh=None,
         exact=False,
+        budget=None,
     )
 
 
@@ -186,6 +190,21 @@ def test_a_run_writes_answers_and_reports(config, model, tmp_path, capfd):
     assert stored["flags"]["max_new_tokens"] == 12
     assert stored["methods"]["pairs-num_nodes=3-letter=x"] == {"drafter": "pairs", "options": {"num_nodes": 3, "letter": "x"}}
     assert "12/12" in capfd.readouterr().err
+
+
+def test_a_budget_is_a_methods_own_or_all_methods_but_plain_decodings(config, model, tmp_path):
+    methods = ("none", "pairs:budget=adaptive", "pairs:num_nodes=3:letter=x")
+    text = specbench.run(dataclasses.replace(config, methods=methods), tmp_path / "run", model.library())
+    assert model.budgets == {("none", None), ("pairs", "adaptive"), ("pairsx", None)}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (overall,) = (row for row in summary["regret"] if row["task"] == "overall")
+    assert (overall["method"], overall["best"]) == ("pairs-budget=adaptive", "pairs-num_nodes=3-letter=x")
+    assert overall["regret"] == pytest.approx(1 - (12 / (2 + 6)) / (12 / (2 + 4)))
+    assert "Sizes of passes" in text
+    other = FakeModel(model.folder)
+    changed = dataclasses.replace(config, methods=("none", "pairs", "pairs:budget=fixed:letter=y"), budget="adaptive")
+    specbench.run(changed, tmp_path / "other", other.library())
+    assert other.budgets == {("none", None), ("pairs", "adaptive"), ("pairsy", None)}
 
 
 def test_an_answer_is_in_spec_benchs_format(config, model, tmp_path):
@@ -291,6 +310,10 @@ def test_a_batch_shares_its_time(config, model, tmp_path):
     [
         ({"methods": ("none", "magic")}, "method magic: there is no drafter 'magic'; known: none, pairs"),
         ({"methods": ("none", "pairs:num_nodes=10")}, "method pairs-num_nodes=10: num_nodes 10 is too large"),
+        (
+            {"methods": ("none", "pairs:budget=small")},
+            "method pairs-budget=small: the budget is fixed or adaptive, not 'small'",
+        ),
         ({"num_nodes": 10}, "method pairs: num_nodes 10 is too large"),
         ({"warm": True, "batch_size": 2}, "--warm needs --batch_size=1, not 2"),
         ({"tasks": ("qa", "sums")}, "task 'sums' is unknown"),
