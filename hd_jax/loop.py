@@ -311,7 +311,7 @@ def step(
         tree, ancestors = draft()
         size = jnp.int32(tree.tokens.shape[1])
         verified = run(tree, ancestors, tree.tokens.shape[1])
-        watching = None
+        next_budget = lambda tokens, lengths: None  # noqa: E731
     else:
         assert request.costs is not None
         tree, ancestors = jax.lax.cond(state.budget.chosen > 0, draft, lambda: _root_only(request, state, drafter.num_nodes))
@@ -320,6 +320,7 @@ def step(
         verified = jax.lax.switch(index, branches, tree, ancestors)
         size = jnp.asarray(settings.sizes)[index]
         watching = budget.watch(state.budget, tree, ancestors, state.lengths)
+        next_budget = functools.partial(budget.advance, watching, settings.sizes, request.costs)
     depths = draft_tree.depths(ancestors)
     tree = tree._replace(parents=jnp.where(jnp.arange(tree.parents.shape[1]) < size, tree.parents, UNUSED))
 
@@ -342,8 +343,6 @@ def step(
     if logprobs is not None:
         logprobs = jax.tree.map(lambda buffer, values: _put(buffer, values, state.lengths), logprobs, verified.logprobs)
     tokens = _put(state.tokens, verified.appended, state.lengths)
-    if watching is not None and request.costs is not None:
-        watching = budget.advance(watching, settings.sizes, request.costs, tokens, lengths)
     state = state._replace(
         cache=write_rows(state.cache, verified.rows, state.lengths - 1),  # the only write to the cache in a step
         tokens=tokens,
@@ -352,7 +351,7 @@ def step(
         sources=_put(state.sources, sources.astype(jnp.int8), state.lengths),
         counts=counts,
         logprobs=logprobs,
-        budget=watching,
+        budget=next_budget(tokens, lengths),
     )
 
     feedback = Feedback(

@@ -10,6 +10,7 @@ def _turn(num_tokens, steps, ms, *, nodes=0.0, counts=None, is_equal=True, token
         "tokens": list(range(num_tokens)) if tokens is None else tokens,
         "steps": steps,
         "nodes_per_step": nodes,
+        "pass_sizes": [int(nodes) + 1] * steps,
         "prefill_ms": ms / 4,
         "decode_ms": 3 * ms / 4,
         "source_counts": counts or {},
@@ -84,6 +85,20 @@ def test_rates_equal_those_computed_by_hand():
         plain = rows["none", task]
         assert plain["speedup"] == plain["speedup_total"] == plain["tokens_per_step"] == 1.0
         assert plain["draft_us"] is None
+
+
+def test_sizes_over_the_steps_and_regret_equal_those_computed_by_hand():
+    rows = report.summarize({"none": PLAIN, "hd": HD, "hd-fixed": PLAIN})
+    (overall,) = (row for row in rows if (row["method"], row["task"]) == ("hd", "overall"))
+    first, second, rest = overall["pass_sizes"]
+    assert first == {"3": 8, "5": 5, "7": 8, "9": 8}
+    assert second == {"3": 24, "7": 12, "9": 7}
+    assert rest == {"3": 48}
+    regret = {(row["method"], row["task"]): row for row in report.regrets(rows, {"hd-fixed": ["none", "hd"]})}
+    assert set(regret) == {("hd-fixed", task) for task in ("mt_bench", "rag", "overall")}
+    assert regret["hd-fixed", "overall"]["best"] == "hd"
+    assert regret["hd-fixed", "overall"]["regret"] == pytest.approx(1 - 10 / 14)
+    assert report.regrets(rows, {}) == []
 
 
 def test_other_questions_than_plain_decodings_are_refused():
