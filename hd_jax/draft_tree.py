@@ -1,7 +1,7 @@
 """The draft buffer: a tree of drafted tokens in flat arrays of a fixed size, and the merging of drafts into it.
 
 Node 0 is the root: the newest committed token, whose keys and values are not in the cache yet. A node's parent always
-has a smaller index. Two drafts with a common prefix share its nodes:
+has a smaller index, so the first n nodes are a tree too. Two drafts with a common prefix share its nodes:
 
     root 7, drafts (4 5 6), (4 5 9), (8)         index    0   1   2   3   4   5
                                                  token    7   4   5   6   9   8

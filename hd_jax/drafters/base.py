@@ -58,7 +58,7 @@ class Context(NamedTuple):
 class Feedback(NamedTuple):
     """What one step told a row. The context that comes with it is the one after the step."""
 
-    tree: DraftTree  # that was verified
+    tree: DraftTree  # that was verified; with an adaptive budget, places beyond the pass's size are unused
     targets: jax.Array  # int32[N], the token drawn after every node
     argmax: jax.Array  # int32[N], the likeliest token after every node; equal to targets when decoding is greedy
     top_tokens: jax.Array  # int32[N, k], k = Drafter.num_top_logits, best first
@@ -96,7 +96,8 @@ class Drafter:
         it can be chosen.
       max_depth: of the deepest node of any tree; a chain of C tokens has C. Deeper nodes would not be accepted.
       source_names: what the trees' `sources` index, at least one.
-      draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`.
+      draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`. The likeliest nodes come first: an
+        adaptive budget verifies the first n, and nothing is drafted in a step of n = 1.
       init: (tables, context) -> state, when a request starts; the context is the prompt.
       update: (tables, state, context, feedback) -> state, after every step. The step's tokens are the last
         `feedback.num_appended` of the context: context.tokens[length - num_appended : length].
@@ -104,8 +105,8 @@ class Drafter:
         request; its shapes must not depend on S. None for a method that starts every request afresh.
       refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each step; `draft` finds
         the result in `context.host`. For databases that are too large for the device, or to draft in plain Python: return
-        the tree here, and hand it on in `draft`. A dispatch is one step then, whatever `loop` is. None for a method that
-        needs no host.
+        the tree here, and hand it on in `draft`. A dispatch is one step then, whatever `loop` is; with an adaptive budget, one
+        draft and the steps without one that follow it. None for a method that needs no host.
       num_top_logits: k of the feedback's top logits; 0 for none.
       tables: read-only arrays for the device.
 
