@@ -4,9 +4,10 @@ r"""Mean accepted tokens without a model: drafters run over recorded answers.
         --model_corpus=own.jsonl.gz --statistics_corpus=other.jsonl.gz --methods=pld,hd:order=csm --budgets=8,16,32,64
 
 With greedy decoding, what is accepted depends only on the tokens that the model wrote. So the loop that decodes
-(`hd_jax.loop`) runs with a record of them (`experiments.traces` says in which form) in the model's place: drafters, their
-state and their feedback are those of decoding, and the steps are the ones that decoding would have taken. Drafters that
-need the model's logits cannot be replayed (NEEDS_LOGITS); HD runs without its window.
+(`hd_jax.loop`) runs with a record of them (`experiments.traces` says in which form) in the model's place: drafters and their
+state are those of decoding, and so are the steps of every drafter that learns from the text alone. The feedback knows no target
+but the recorded ones, NO_TOKEN elsewhere: a drafter that learns from rejected nodes' targets is replayed at less than its
+worth. Those that need the model's logits cannot be replayed (NEEDS_LOGITS); HD runs without its window.
 
 A budget is the number of nodes drafted a step, the root not counted: `--budgets=8` makes drafters with num_nodes=9. Methods
 of a fixed size (FIXED_SIZE), and those whose num_nodes is given, as in hd_tree:num_nodes=17, run once.
@@ -201,7 +202,9 @@ def plan(settings: Settings) -> list[Part]:
 
 def _make(part: Part, databases: Databases) -> Drafter:
     try:
-        drafter = drafters.make(part.method.drafter, databases, part.options)
+        classes = databases.token_classes
+        vocab_size = None if classes is None else len(classes)
+        drafter = drafters.make(part.method.drafter, databases, part.options, vocab_size=vocab_size)
     except ValueError as error:
         raise ValueError(f"method {part.method.label}: {error}") from error
     if drafter.num_top_logits:

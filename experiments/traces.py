@@ -9,6 +9,9 @@ questions, in any order:
     new_tokens  how many tokens it wrote in each, the end token included
     token_ids   optional, [[...], ...]: the tokens of each turn as they were written, the end token included
 
+Or it is an answer file of Spec-Bench or of `experiments.specbench`, where `turns` and `new_tokens` are those of the first of
+`choices`; the latter's token ids are taken as well.
+
 Without `token_ids` a text is encoded again. It then has new_tokens - 1 ids, and the end token follows; or, if the answer
 was cut at a limit, new_tokens. Tokenizers do not always return to the very ids that a model wrote, so single answers may
 differ; more than MAX_DIFFERING of them tell that the tokenizer is another one.
@@ -77,6 +80,13 @@ def read(path: str | pathlib.Path) -> list[Trace]:
 
 
 def _parse(record: dict[str, Any]) -> Trace:
+    if "choices" in record:
+        try:
+            record = {**record, **record["choices"][0]}
+            if "hd_jax" in record:
+                record["token_ids"] = [turn["tokens"] for turn in record["hd_jax"]["turns"]]
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"choices is not that of an answer file ({error!r})") from error
     missing = [key for key in ("question_id", "category", "turns", "new_tokens") if key not in record]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")

@@ -28,12 +28,11 @@ from hd_jax.draft_tree import NO_TOKEN, DraftTree
 
 SIZES = (4, 8, 16, 32, 64)  # nodes of a pass besides 1 and the drafter's N, where they are smaller
 MIN_RATIO = 4 / 3  # of N to the next smaller size: each size is a program to compile
-# Set by simulation on the embedded model's answers to the embedded questions, with four drafters and two cost curves: from
-# half to twice these values, mean speeds differ by two per cent.
-FIRST_GAIN, GAIN_RATIO = (
-    0.7,
-    0.7,
-)  # tokens that the first drafted size is taken to add, before anything is known; then each next
+# Tokens that the first drafted size is taken to add before anything is known, and what each next one adds to that. Set by
+# simulation on the embedded model's answers to the embedded questions, with four drafters and two cost curves: from half to
+# twice these values, mean speeds differ by two per cent.
+FIRST_GAIN = 0.7
+GAIN_RATIO = 0.7
 RATE = 0.2  # weight of the newest tree
 FIRST_INTERVAL, MAX_INTERVAL = 4, 32  # steps without a draft before the next try, after the first failure and at most
 NOTHING_WATCHED = 0  # in place of a length

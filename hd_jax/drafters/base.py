@@ -7,7 +7,7 @@ newest token:
 
     import functools
     import jax.numpy as jnp
-    from hd_jax import draft_tree
+    from hd_jax import decode, draft_tree
     from hd_jax.drafters.base import Drafter
 
     @functools.lru_cache  # the same options give the same functions, so nothing is compiled twice
@@ -56,15 +56,20 @@ class Context(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What one step told a row. The context that comes with it is the one after the step."""
+    """What one step told a row. The context that comes with it is the one after the step.
+
+    What is not known is NO_TOKEN, in `targets`, `argmax` and `top_tokens`: at places beyond an adaptive budget's pass, and in a
+    replay off the recorded text. What unused places of the tree hold has no meaning. To write a table from several nodes, let
+    each index be written once: of equal indices a scatter takes any.
+    """
 
     tree: DraftTree  # that was verified; with an adaptive budget, places beyond the pass's size are unused
     targets: jax.Array  # int32[N], the token drawn after every node
     argmax: jax.Array  # int32[N], the likeliest token after every node; equal to targets when decoding is greedy
     top_tokens: jax.Array  # int32[N, k], k = Drafter.num_top_logits, best first
     top_logits: jax.Array  # float32[N, k], before temperature
-    path: jax.Array  # int32[P], accepted nodes by depth, root first, then NO_NODE
-    num_appended: jax.Array  # int32[], tokens the step appended; 0 for a row that had ended before
+    path: jax.Array  # int32[P], P = max_depth + 1: accepted nodes by depth, root first, then NO_NODE
+    num_appended: jax.Array  # int32[], tokens the step appended, at most P; 0 for a row that had ended before
 
     def pairs(self, context: Context) -> jax.Array:
         """int32[N, 2]: the token before each node, NO_TOKEN where the text begins with the root, and the node's own."""
@@ -98,7 +103,7 @@ class Drafter:
       source_names: what the trees' `sources` index, at least one.
       draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`. The likeliest nodes come first: an
         adaptive budget verifies the first n, and nothing is drafted in a step of n = 1.
-      init: (tables, context) -> state, when a request starts; the context is the prompt.
+      init: (tables, context) -> state, when a request starts; the context is the prompt, whose last token is the first root.
       update: (tables, state, context, feedback) -> state, after every step. The step's tokens are the last
         `feedback.num_appended` of the context: context.tokens[length - num_appended : length].
       renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last

@@ -188,6 +188,21 @@ def test_token_ids_are_taken_as_they_are(tmp_path):
     assert texts_of(QUESTIONS, answers, tmp_path)[3].answer == [4, 5, 27]
 
 
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_answer_files_are_records_too(tmp_path, has_ids):
+    """Those of Spec-Bench, and those of our own main job, which hold the token ids."""
+    answers = []
+    for answer in ANSWERS:
+        parts = {name: answer[name] for name in ("turns", "new_tokens")}
+        ids = {"hd_jax": {"turns": [{"tokens": [5] * count} for count in answer["new_tokens"]]}} if has_ids else {}
+        answers.append({"question_id": answer["question_id"], "category": answer["category"], "choices": [parts], **ids})
+    found, expected = texts_of(QUESTIONS, answers, tmp_path), texts_of(QUESTIONS, ANSWERS, tmp_path)
+    if has_ids:
+        assert [text.answer for text in found] == [[5] * len(text.answer) for text in expected]
+    else:
+        assert found == expected
+
+
 def changed(index, **fields):
     return [{**answer, **fields} if i == index else answer for i, answer in enumerate(ANSWERS)]
 
@@ -198,6 +213,7 @@ def changed(index, **fields):
         ([], "answers.jsonl.gz: no recorded answers"),
         ([*ANSWERS[:2], '{"question_id": 2, "turns'], "answers.jsonl.gz, line 3: Invalid control character"),
         ([{"question_id": 1, "turns": []}], "line 1: lacks category, new_tokens"),
+        ([{"question_id": 1, "category": "qa", "choices": []}], "line 1: choices is not that of an answer file"),
         (changed(1, turns="text"), "line 2: turns must be a list of one or more strings"),
         (changed(1, new_tokens=[10]), "line 2: new_tokens must be 2 whole numbers of at least 1, one a turn, not \\[10\\]"),
         (changed(1, new_tokens=[10, 0]), "line 2: new_tokens must be 2 whole numbers"),
