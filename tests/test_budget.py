@@ -93,14 +93,18 @@ def _simulate(costs, texts_go_on, num_steps: int) -> list[int]:
 def test_sizes_follow_what_drafts_earn():
     costs = [1.0, 1.1, 1.4, 2.0]
     assert _simulate(costs, lambda step: True, 40)[-10:] == [4] * 10  # four tokens for 1.4; six nodes would give no more
-    never = _simulate(costs, lambda step: False, 160)
-    tries = [step for step, size in enumerate(never) if size > 1]
-    waits = np.diff(tries)[np.diff(tries) > 1] - 1
-    assert waits.tolist()[:4] == [budget.FIRST_INTERVAL * 2**i for i in range(4)]
-    assert max(waits) == budget.MAX_INTERVAL
     changing = _simulate(costs, lambda step: step >= 40, 120)
     assert changing[20:40].count(1) > 15
     assert set(changing[-10:]) == {4}
+
+
+def test_waits_grow_with_failures_and_with_what_a_try_costs():
+    for extra in (1, 2):  # of the size that is tried, over plain decoding
+        sizes = _simulate([1.0, 1.0 + extra, 4.0, 5.0], lambda step: False, 250)
+        tries = [step for step, size in enumerate(sizes) if size > 1]
+        waits = [tries[0], *(np.diff(tries) - 1).tolist()]
+        assert waits[:5] == [extra * wait for wait in (8, 8, 16, 32, 32)][: len(waits)]
+        assert len(waits) >= 4
 
 
 def test_without_a_chance_nothing_is_drafted_but_in_tries():
