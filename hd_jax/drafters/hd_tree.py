@@ -104,7 +104,7 @@ def hd_tree(
 
     Args:
       databases: with text of the model (`model_text`) where `sources` has "m", and D_s where it has "s".
-      sources: which are asked; one of SUBSETS, and "r" after it for what was recycled.
+      sources: which are asked; one of SUBSETS, and "r" after it for what was recycled, which a session keeps.
       estimates: "learned", or "fixed": by the hierarchy alone, each source getting the probability that those before it left.
       max_match: longest match of the context that is told apart from longer ones, at most MAX_MATCH tokens.
       rounds: levels that are expanded; nodes are at most this deep, and TAIL_LENGTH more where a match is prolonged. By
