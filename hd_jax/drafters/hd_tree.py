@@ -54,6 +54,7 @@ SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "mod
 START_HIT_RATES = (0.30, 0.60, 0.75, 0.90, 0.45, 0.45)
 HIT_RATE_STEP = 0.08  # weight of the newest outcome
 MAX_LEARNED = 8  # tokens of a step whose outcomes count, the first ones
+NUM_OWN_FEATURES = len(MATCH_LENGTHS) + 2 + len(TOKEN_CLASSES) + 3 + 1  # of a candidate alone; the others are its text's
 NUM_SUCCESSORS = 24  # of a context in the tables
 TAIL_STARTS, TAIL_LENGTH = 16, 10  # nodes that are prolonged, and by how much
 # The databases of "m" and "s", and how their successor tables are made.
@@ -418,14 +419,20 @@ def log_probabilities(tables: dict[str, Any], found: Candidates) -> jax.Array:
 def network(net: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     """Scores float32[Q, I], whose softmax are probabilities, from float32[Q, I, F]."""
     activate = lambda x: jnp.maximum(x, 0.01 * x)  # noqa: E731 - leaky ReLU
-    hidden = activate(features.reshape(-1, features.shape[-1]) @ net["features"] + net["bias"])
+    own, shared = features[..., :NUM_OWN_FEATURES], features[:, :1, NUM_OWN_FEATURES:]  # the latter are a text's
+    hidden = activate(own @ net["features"][:NUM_OWN_FEATURES] + (shared @ net["features"][NUM_OWN_FEATURES:] + net["bias"]))
     hidden = activate(hidden @ net["hidden"] + net["hidden_bias"])
-    return jnp.sum(hidden * net["out"], axis=-1).reshape(features.shape[:-1])
+    return jnp.sum(hidden * net["out"], axis=-1)
 
 
 def _best(scores: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array]:
-    """top_k with room for it: on a GPU, from 1024 scores on it is one kernel, of fewer a copy and a sort."""
-    return jax.lax.top_k(jnp.pad(scores, (0, max(1024 - scores.shape[0], 0)), constant_values=-jnp.inf), num_best)
+    """top_k: on a GPU with room for it, since from 1024 scores on it is one kernel, of fewer a copy and a sort."""
+    room = max(1024 - scores.shape[0], 0)
+    return jax.lax.platform_dependent(
+        scores,
+        cpu=lambda x: jax.lax.top_k(x, num_best),
+        default=lambda x: jax.lax.top_k(jnp.pad(x, (0, room), constant_values=-jnp.inf), num_best),
+    )
 
 
 def _with_tails(prolonged: jax.Array, index: TextIndex, every: dict[str, jax.Array]) -> dict[str, jax.Array]:

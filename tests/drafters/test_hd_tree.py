@@ -23,6 +23,7 @@ from hd_jax.drafters.hd_tree import (
     HIT_BOUNDS,
     HIT_RATE_STEP,
     MATCH_LENGTHS,
+    NUM_OWN_FEATURES,
     SOURCE_NAMES,
     START_HIT_RATES,
     SUBSETS,
@@ -43,7 +44,6 @@ from hd_jax.models.tokenizer import TOKEN_CLASSES
 SLOTS = 512
 HISTORY = 8192  # by default
 NUM_ASKED = 5
-NUM_OWN = len(MATCH_LENGTHS) + 2 + len(TOKEN_CLASSES) + 3 + 1  # features of a candidate alone
 OUT_OF_TEXT = 50  # tokens from here on are in no text and no database
 NUM_TOKENS = 3  # of random texts: few, so that keys repeat and none of their hashes meet
 _candidates = jax.jit(candidates, static_argnames=("sources", "max_match"))
@@ -144,7 +144,8 @@ def _assert_matches(found: Candidates, row: int, expected: list[Match], num_unre
     kept = tokens[found.is_candidate[row]].tolist()
     assert sorted(kept) == sorted({match.token for match in expected})
     totals = np.array([sum(match.length >= bound for match in expected) for bound in MATCH_LENGTHS])
-    shared = found.features[row, :, NUM_OWN : NUM_OWN + len(MATCH_LENGTHS)]  # of the text, whatever the candidate
+    end = NUM_OWN_FEATURES + len(MATCH_LENGTHS)
+    shared = found.features[row, :, NUM_OWN_FEATURES:end]  # of the text, whatever the candidate
     np.testing.assert_allclose(shared, np.broadcast_to(np.log1p(totals) * 0.5, shared.shape), rtol=1e-5)
     for place in np.flatnonzero(found.is_candidate[row]):
         own = [match for match in expected if match.token == tokens[place]]
