@@ -419,8 +419,14 @@ def log_probabilities(tables: dict[str, Any], found: Candidates) -> jax.Array:
 def network(net: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     """Scores float32[Q, I], whose softmax are probabilities, from float32[Q, I, F]."""
     activate = lambda x: jnp.maximum(x, 0.01 * x)  # noqa: E731 - leaky ReLU
-    own, shared = features[..., :NUM_OWN_FEATURES], features[:, :1, NUM_OWN_FEATURES:]  # the latter are a text's
-    hidden = activate(own @ net["features"][:NUM_OWN_FEATURES] + (shared @ net["features"][NUM_OWN_FEATURES:] + net["bias"]))
+
+    def in_parts(x: jax.Array, weights: jax.Array) -> jax.Array:  # a text's own features once
+        own, shared = x[..., :NUM_OWN_FEATURES], x[:, :1, NUM_OWN_FEATURES:]
+        return own @ weights[:NUM_OWN_FEATURES] + shared @ weights[NUM_OWN_FEATURES:]
+
+    # On an accelerator a launch costs more than the work that it saves.
+    first = jax.lax.platform_dependent(features, net["features"], cpu=in_parts, default=jnp.matmul)
+    hidden = activate(first + net["bias"])
     hidden = activate(hidden @ net["hidden"] + net["hidden_bias"])
     return jnp.sum(hidden * net["out"], axis=-1)
 
