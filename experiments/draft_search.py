@@ -80,7 +80,7 @@ def variants(
         for depth in (4, 6):
             drafter = aded(databases, adapt="none", depth=depth, num_nodes=num_nodes)
             found.append(Variant(f"best_first, depth {depth}", None, drafter))
-    table = databases.successors("trigrams", max_order=2, num_successors=12, min_count=1, discount=0.75)
+    table = aded(databases, adapt="none", num_nodes=num_nodes).tables
     paper = [Puct(iterations=count, is_unvisited_first=is_first) for count in iterations for is_first in (True, False)]
     sweep = [Puct(iterations=max(iterations), c1=c1, is_unvisited_first=False, num_paths=num_nodes - 1) for c1 in c1_values]
     for name in names:

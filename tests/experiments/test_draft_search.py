@@ -48,12 +48,13 @@ def test_the_numba_search_is_ours(table, settings, monkeypatch):
     drafter = numba_search.drafter(table, settings, 64)
     rows_fn = lambda pairs: Rows(*(found := tree_search_rows(table, pairs)), jnp.zeros(len(found[0]), jnp.int32))  # noqa: E731
     ours = jax.jit(lambda pair: tree_search.mcts(rows_fn, pair, jnp.asarray(noise), settings=settings, num_nodes=64))
-    for tokens in ([1, 2, 3], [4, 5, 6, 0], [29, 29], [7]):
+    # Known pairs, a pair that the corpus lacks, a single token, and one that the corpus lacks.
+    for tokens, least in (([1, 2, 3], 21), ([4, 5, 6, 0], 21), ([1, 17], 21), ([7], 21), ([29, 29], 1)):
         found = drafter.refresh(_context(tokens))
         expected = ours(jnp.asarray([tokens[-2] if len(tokens) > 1 else -4, tokens[-1]]))
         assert found.parents.tolist() == expected.parents.tolist()
         assert found.tokens[1:].tolist() == expected.tokens[1:].tolist()
-        assert np.sum(found.parents != UNUSED) > 20
+        assert np.sum(found.parents != UNUSED) >= least
 
 
 def tree_search_rows(table, pairs):
