@@ -221,7 +221,8 @@ def _needs_logits(method: Method) -> ValueError:
 def _ready_databases(settings: Settings, tokenizer: Any) -> Databases:
     """Those of --databases; or else small ones in place of those that will be built, to try the methods' options with."""
     if settings.databases is None:
-        return replay_databases.placeholder(settings.model_corpus is not None, settings.statistics_corpus is not None)
+        has_model, has_statistics = settings.model_corpus is not None, settings.statistics_corpus is not None
+        return replay_databases.placeholder(has_model, has_statistics, tokenizer.token_classes)
     if settings.model_corpus or settings.statistics_corpus or settings.statistics_tokens:
         raise ValueError("--databases and corpora: give ready databases, or the corpora that they are built from")
     if not pathlib.Path(settings.databases).is_dir():

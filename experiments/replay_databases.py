@@ -29,10 +29,11 @@ FORMS: dict[str, tuple[Any, str, dict[str, int]]] = {
 OF_STATISTICS = ("statistics", "trigrams")  # kinds that are built from the statistics corpus
 
 
-def placeholder(has_model: bool, has_statistics: bool) -> Databases:
+def placeholder(has_model: bool, has_statistics: bool, token_classes: np.ndarray | None = None) -> Databases:
     """Databases of one short text, with which a drafter's options can be tried before the real ones are built."""
     document = [np.arange(16, dtype=np.int32)]
-    return Databases(**{kind: FORMS[kind][0].build(document) for kind in _kinds(has_model, has_statistics)})
+    made = {kind: FORMS[kind][0].build(document) for kind in _kinds(has_model, has_statistics)}
+    return Databases(**made, token_classes=token_classes)
 
 
 def _kinds(has_model: bool, has_statistics: bool) -> list[str]:

@@ -300,6 +300,19 @@ def test_a_stopped_run_goes_on_with_the_parts_it_lacks(settings, tmp_path, monke
         replay.run(settings, folder)
 
 
+def test_a_drafter_is_given_the_size_of_the_tokenizers_vocabulary(settings, tmp_path, monkeypatch):
+    """When its options are tried, and when it runs."""
+    seen = []
+
+    def sized(*, vocab_size):
+        seen.append(vocab_size)
+        return replay.drafters.pld()
+
+    monkeypatch.setitem(replay.drafters.MAKERS, "sized", sized)
+    replay.run(Settings(**{**vars(settings), "methods": ("sized",), "limit": 1}), tmp_path / "out")
+    assert seen == [len(Letters().token_classes)] * 2
+
+
 def test_a_limit_takes_the_first_questions_of_each_task(settings, tmp_path):
     replay.run(Settings(**{**vars(settings), "methods": ("pld",), "limit": 1}), tmp_path / "out")
     turns = json.loads((tmp_path / "out" / "parts" / "pld-cold.json").read_text())["turns"]
