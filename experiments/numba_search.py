@@ -5,27 +5,17 @@ The same search as `hd_jax.drafters.tree_search.mcts`, with other random numbers
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numba  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from hd_jax import draft_tree
 from hd_jax.databases.successor_table import SuccessorTable
-from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, ROOT_INDEX, UNUSED, DraftTree
-from hd_jax.drafters.base import Context, Drafter
+from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, ROOT_INDEX, UNUSED
+from hd_jax.drafters.base import Context, Drafter, HostTree, draft_from_host
 from hd_jax.drafters.tree_search import NO_CHILD, Puct
 
 MASK = 0xFFFFFFFF
-
-
-class _Found(NamedTuple):
-    """A tree's places for one context."""
-
-    tokens: np.ndarray  # int32[N]; the root's is not filled in
-    parents: np.ndarray  # int32[N]
-    at_length: np.int32  # the length of the context that it continues
 
 
 @numba.njit(cache=True)
@@ -148,7 +138,7 @@ def drafter(table: SuccessorTable, settings: Puct, num_nodes: int) -> Drafter:
     ]
     search: Any = _search
 
-    def refresh(context: Context) -> _Found:
+    def refresh(context: Context) -> HostTree:
         length = int(context.length)
         noise = np.random.default_rng(length).random((settings.iterations, settings.depth))
         tokens, parents = search(
@@ -163,18 +153,6 @@ def drafter(table: SuccessorTable, settings: Puct, num_nodes: int) -> Drafter:
             settings.num_paths,
             num_nodes,
         )
-        return _Found(tokens, parents, np.int32(length))
+        return HostTree(tokens, parents, np.int32(length))
 
-    return Drafter("numba", num_nodes, settings.depth + 1, source_names=("corpus",), draft=_from_host, refresh=refresh)
-
-
-def _from_host(tables: Any, state: Any, context: Context) -> DraftTree:
-    del tables, state
-    found: _Found = context.host
-    blank = draft_tree.root_only(context.root, found.tokens.shape[0])
-    is_node = (found.parents >= ROOT_INDEX) & (found.at_length == context.length)
-    return blank._replace(
-        tokens=jnp.where(is_node, found.tokens, blank.tokens),
-        parents=jnp.where(is_node, found.parents, blank.parents),
-        sources=jnp.where(is_node, 0, blank.sources),
-    )
+    return Drafter("numba", num_nodes, settings.depth + 1, source_names=("corpus",), draft=draft_from_host, refresh=refresh)

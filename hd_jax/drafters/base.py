@@ -35,6 +35,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hd_jax import draft_tree
 from hd_jax.draft_tree import NO_TOKEN, ROOT_INDEX, DraftTree
 
 State = Any  # one row's pytree of fixed shapes
@@ -81,6 +82,27 @@ class Feedback(NamedTuple):
         return jnp.stack([above, tree.tokens], axis=1)
 
 
+class HostTree(NamedTuple):
+    """A tree that `Drafter.refresh` found for one context, N places."""
+
+    tokens: Any  # int32[N]; the root's is not filled in
+    parents: Any  # int32[N], as in a DraftTree
+    at_length: Any  # int32[], the length of the context that it continues
+
+
+def draft_from_host(tables: Tables, state: State, context: Context) -> DraftTree:
+    """A `draft` that hands on the HostTree of this step; of an earlier one, the root alone. Nodes are of source 0."""
+    del tables, state
+    found: HostTree = context.host
+    blank = draft_tree.root_only(context.root, found.tokens.shape[0])
+    is_node = (found.parents >= ROOT_INDEX) & (found.at_length == context.length)
+    return blank._replace(
+        tokens=jnp.where(is_node, found.tokens, blank.tokens),
+        parents=jnp.where(is_node, found.parents, blank.parents),
+        sources=jnp.where(is_node, 0, blank.sources),
+    )
+
+
 def _no_state(tables: Tables, context: Context) -> State:
     del tables, context
     return ()
@@ -110,8 +132,8 @@ class Drafter:
         request; its shapes must not depend on S. None for a method that starts every request afresh.
       refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each step; `draft` finds
         the result in `context.host`. For databases that are too large for the device, or to draft in plain Python: return
-        the tree here, and hand it on in `draft`. A dispatch is one step then, whatever `loop` is; with an adaptive budget, one
-        draft and the steps without one that follow it. None for a method that needs no host.
+        a HostTree here, with `draft_from_host` as `draft`. A dispatch is one step then, whatever `loop` is; with an adaptive
+        budget, one draft and the steps without one that follow it. None for a method that needs no host.
       num_top_logits: k of the feedback's top logits; 0 for none.
       tables: read-only arrays for the device.
 

@@ -8,25 +8,14 @@ paper's settings: suffixes from 16 tokens down to 2, continuations of at most 10
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
-from hd_jax.draft_tree import NO_PARENT, ROOT_INDEX, UNUSED, DraftTree
-from hd_jax.drafters.base import Context, Drafter
-
-
-class _Retrieved(NamedTuple):
-    """The tree's places for one context, on the host."""
-
-    tokens: np.ndarray  # int32[N]; the root's is not filled in
-    parents: np.ndarray  # int32[N]
-    at_length: np.int32  # the length of the context that it continues
+from hd_jax.draft_tree import NO_PARENT, ROOT_INDEX, UNUSED
+from hd_jax.drafters.base import Context, Drafter, HostTree, draft_from_host
 
 
 def rest(
@@ -64,14 +53,14 @@ def rest(
         num_nodes=num_nodes,
         max_depth=min(max_depth, num_nodes - 1),
         source_names=("statistics",),
-        draft=_draft,
+        draft=draft_from_host,
         refresh=databases.once(("rest", *options), lambda: retrieve),
     )
 
 
 def _retrieve(
     database: NgramTrie | SuffixArray, max_suffix: int, min_suffix: int, max_depth: int, num_nodes: int, context: Context
-) -> _Retrieved:
+) -> HostTree:
     end = int(context.length)
     newest = np.asarray(context.tokens[max(end - max_suffix, 0) : end])
     tokens, parents = np.zeros(num_nodes, np.int32), np.full(num_nodes, UNUSED, np.int32)
@@ -81,16 +70,4 @@ def _retrieve(
         found, found_parents, _ = database.frequent_prefixes(newest[len(newest) - length :], num_nodes - 1, max_depth)
         tokens[1 : len(found) + 1] = found
         parents[1 : len(found) + 1] = found_parents + 1  # the suffix itself, -1 there, is the root
-    return _Retrieved(tokens, parents, np.int32(end))
-
-
-def _draft(tables, state, context: Context) -> DraftTree:
-    del tables, state
-    retrieved: _Retrieved = context.host
-    blank = draft_tree.root_only(context.root, retrieved.tokens.shape[0])
-    is_node = (retrieved.parents >= ROOT_INDEX) & (retrieved.at_length == context.length)
-    return blank._replace(
-        tokens=jnp.where(is_node, retrieved.tokens, blank.tokens),
-        parents=jnp.where(is_node, retrieved.parents, blank.parents),
-        sources=jnp.where(is_node, 0, blank.sources),
-    )
+    return HostTree(tokens, parents, np.int32(end))
