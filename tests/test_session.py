@@ -5,9 +5,14 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hd_jax import decode, draft_tree, exactness, loop
+from hd_jax.databases.collection import Databases
+from hd_jax.databases.ngram_trie import NgramTrie
+from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.drafters.base import Context, Drafter
 
 
@@ -83,6 +88,39 @@ def test_a_saved_session_goes_on_as_if_it_had_not_been(lm, tmp_path):
     assert (a.tokens, a.accept_lengths) == (b.tokens, b.accept_lengths)
     assert opened.messages == session.messages
     assert not list((tmp_path / "chat").glob("*.part"))
+
+
+def _databases() -> Databases:
+    documents = [np.random.default_rng(seed).integers(2, 48, 300).astype(np.int32) for seed in range(2)]
+    return Databases(
+        model_text=SuffixArray.build(documents),
+        statistics=NgramTrie.build(documents, min_documents=1),
+        trigrams=TrigramCounts.build(documents),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "others"),
+    [
+        ("recycling", {}, {"num_successors": 4}),
+        ("aded", {"adapt": "from_logits"}, {"max_pairs": 64}),
+        ("aded", {"adapt": "from_text"}, {"max_pairs": 64}),
+        ("hd_tree", {"sources": "cmsr", "rounds": 2}, {"history": 64}),
+    ],
+)
+def test_what_a_drafter_of_ours_learned_is_saved_with_the_session(lm, tmp_path, name, options, others):
+    make = functools.partial(decode.make_drafter, lm, name, databases=_databases(), **options)
+    session = decode.Session(lm, drafter=make(num_nodes=9))
+    session.generate("hello", max_new_tokens=40)
+    session.save(tmp_path)
+    opened = decode.Session.open(lm, tmp_path, drafter=make(num_nodes=9))
+    first, second = (each.generate("again", max_new_tokens=40) for each in (session, opened))
+    told = lambda result: (result.tokens, result.accept_lengths, result.source_counts)  # noqa: E731
+    assert told(first) == told(second)
+    cold = decode.generate(lm, opened.messages[:-1], drafter=opened.drafter, max_new_tokens=40)
+    assert cold.source_counts != second.source_counts, "what was learned changes nothing here: the test would show nothing"
+    with pytest.raises(ValueError, match="other shapes"):
+        decode.Session.open(lm, tmp_path, drafter=make(num_nodes=9, **others))
 
 
 def test_bad_input_leaves_the_chat_as_it_was(lm, tmp_path):

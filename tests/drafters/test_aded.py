@@ -250,25 +250,6 @@ def test_a_session_keeps_what_was_learned_if_asked_to(lm, remember):
     assert session.generate("hello", max_new_tokens=40).accept_lengths == cold.accept_lengths
 
 
-@pytest.mark.parametrize("adapt", ["from_logits", "from_text"])
-def test_a_saved_session_drafts_as_if_it_had_not_been(lm, tmp_path, adapt):
-    drafter = aded(_lm_databases(), adapt=adapt, num_nodes=9)
-    session = decode.Session(lm, drafter=drafter)
-    session.generate("hello", max_new_tokens=40)
-    session.save(tmp_path)
-    opened = decode.Session.open(lm, tmp_path, drafter=drafter)
-    first, second = (each.generate("again", max_new_tokens=40) for each in (session, opened))
-    assert (first.tokens, first.accept_lengths, first.source_counts) == (
-        second.tokens,
-        second.accept_lengths,
-        second.source_counts,
-    )
-    cold = decode.generate(lm, opened.messages[:-1], drafter=drafter, max_new_tokens=40)
-    assert cold.source_counts != second.source_counts, "the overlay changes nothing here: the test would show nothing"
-    with pytest.raises(ValueError, match="other shapes"):
-        decode.Session.open(lm, tmp_path, drafter=aded(_lm_databases(), adapt=adapt, max_pairs=64))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -169,24 +169,6 @@ def test_a_session_keeps_the_matrix_if_asked_to(lm, remember):
     assert session.generate("hello", max_new_tokens=40).accept_lengths == cold.accept_lengths
 
 
-def test_a_saved_session_drafts_as_if_it_had_not_been(lm, tmp_path):
-    drafter = decode.make_drafter(lm, "recycling", num_nodes=9)
-    session = decode.Session(lm, drafter=drafter)
-    session.generate("hello", max_new_tokens=40)
-    session.save(tmp_path)
-    opened = decode.Session.open(lm, tmp_path, drafter=drafter)
-    first, second = (each.generate("again", max_new_tokens=40) for each in (session, opened))
-    assert (second.tokens, second.accept_lengths, second.source_counts) == (
-        first.tokens,
-        first.accept_lengths,
-        first.source_counts,
-    )
-    cold = decode.generate(lm, opened.messages[:-1], drafter=drafter, max_new_tokens=40)
-    assert cold.accept_lengths != second.accept_lengths, "the matrix changes nothing here: the test would show nothing"
-    with pytest.raises(ValueError, match="other shapes"):
-        decode.Session.open(lm, tmp_path, drafter=decode.make_drafter(lm, "recycling", num_successors=4))
-
-
 def test_makers_are_given_the_size_of_the_vocabulary():
     assert drafters.make("recycling", Databases(), {}, vocab_size=40) is recycling(vocab_size=40)
     assert drafters.make("recycling", Databases(), {"vocab_size": 30}, vocab_size=40) is recycling(vocab_size=30)
