@@ -1,8 +1,7 @@
-"""hd_tree against plain Python: what it finds in the text, how it merges sources, what it learns, which nodes it keeps."""
+"""hd_tree against plain Python: how it merges sources, what it learns, which nodes it keeps."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,208 +10,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hd_tree_rows import OUT_OF_TEXT, Row, context_of, databases, kind_of, random_tokens, scan
 
-from hd_jax import decode, draft_tree, drafters, exactness
+from hd_jax import decode, drafters, exactness
 from hd_jax.databases.collection import Databases
-from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.successor_table import lookup
 from hd_jax.databases.suffix_array import SuffixArray
-from hd_jax.draft_tree import NO_NODE, NO_PARENT, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
-from hd_jax.drafters.base import Context, Drafter, Feedback
+from hd_jax.draft_tree import NO_PARENT, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
+from hd_jax.drafters.base import Drafter
 from hd_jax.drafters.hd_tree import (
-    HIT_BOUNDS,
     HIT_RATE_STEP,
     MATCH_LENGTHS,
-    NUM_OWN_FEATURES,
     SOURCE_NAMES,
     START_HIT_RATES,
     SUBSETS,
     TAIL_LENGTH,
     TAIL_STARTS,
-    Candidates,
-    State,
     blank_state,
-    candidates,
     hd_tree,
     log_probabilities,
     read,
     weights,
 )
-from hd_jax.drafters.text_index import LONG_KEY, MAX_MATCH, RING, recent
-from hd_jax.models.tokenizer import TOKEN_CLASSES
+from hd_jax.drafters.text_index import MAX_MATCH
 
-SLOTS = 512
 HISTORY = 8192  # by default
-NUM_ASKED = 5
-OUT_OF_TEXT = 50  # tokens from here on are in no text and no database
-NUM_TOKENS = 3  # of random texts: few, so that keys repeat and none of their hashes meet
-_candidates = jax.jit(candidates, static_argnames=("sources", "max_match"))
 _read = jax.jit(lambda size, context: read(blank_state(size), context), static_argnums=0)
 _log_probabilities = jax.jit(log_probabilities)
-
-
-@functools.cache
-def _databases(num_tokens: int = NUM_TOKENS) -> Databases:
-    rng = np.random.default_rng(7)
-    documents = lambda: [rng.integers(0, num_tokens, 60).astype(np.int32) for _ in range(6)]  # noqa: E731
-    return Databases(
-        model_text=SuffixArray.build(documents()),
-        statistics=NgramTrie.build(documents(), max_order=4, min_documents=1),
-        token_classes=(np.arange(num_tokens) % len(TOKEN_CLASSES)).astype(np.int32),
-    )
-
-
-class Match(NamedTuple):
-    place: int
-    length: int
-    token: int  # that followed
-
-
-def _scan(text: Sequence[int], size: int, suffix: Sequence[int], max_match: int = MAX_MATCH) -> list[Match]:
-    """Where the end of a suffix stood among the last `size` tokens of a text: the latest RING places by the last token, of
-    which those that match in LONG_KEY tokens or more count as the latest RING of these."""
-    start = max(len(text) - size, 0)
-    found = []
-    for place in range(start, len(text) - 1):
-        length = 0
-        while length < min(len(suffix), MAX_MATCH) and place - length >= start:
-            if text[place - length] != suffix[-1 - length]:
-                break
-            length += 1
-        if length:
-            found.append(Match(place, length, text[place + 1]))
-    latest = [match for match in found[-RING:] if match.length < LONG_KEY]
-    latest += [match for match in found if match.length >= LONG_KEY][-RING:]
-    return [match._replace(length=min(match.length, max_match)) for match in latest]
-
-
-def _context(text: list[int], prompt_length: int) -> Context:
-    garbage = [1] * (SLOTS - len(text))
-    return Context(jnp.asarray(text + garbage, jnp.int32), jnp.int32(len(text)), jnp.int32(prompt_length))
-
-
-class Row:
-    """A text that grows step by step, as the drafter reads it."""
-
-    def __init__(self, drafter: Drafter, prompt: list[int], state: State | None = None):
-        self.drafter, self.text, self.prompt_length = drafter, list(prompt), len(prompt)
-        self.state = jax.jit(drafter.init)(drafter.tables, self.context) if state is None else state
-        self._update = jax.jit(drafter.update)
-
-    def renewed(self, prompt: list[int]) -> Row:
-        """The next request of a session."""
-        assert self.drafter.renew is not None
-        state = jax.jit(self.drafter.renew)(self.drafter.tables, self.state, _context(prompt, len(prompt)))
-        return Row(self.drafter, prompt, state)
-
-    @property
-    def context(self) -> Context:
-        return _context(self.text, self.prompt_length)
-
-    def append(self, tokens: Sequence[int]) -> None:
-        assert len(tokens) <= self.drafter.max_depth + 1, "no step appends more"
-        self.text += [int(token) for token in tokens]
-        tree = draft_tree.root_only(jnp.int32(0), self.drafter.num_nodes)
-        path, top = jnp.full(self.drafter.max_depth + 1, NO_NODE), (self.drafter.num_nodes, self.drafter.num_top_logits)
-        said = jnp.broadcast_to(OUT_OF_TEXT + jnp.arange(top[1]), top)  # by the model
-        logits = -jnp.broadcast_to(jnp.arange(top[1], dtype=jnp.float32), top)
-        feedback = Feedback(tree, tree.tokens, tree.tokens, said, logits, path, jnp.int32(len(tokens)))
-        self.state = self._update(self.drafter.tables, self.state, self.context, feedback)
-
-    def asked(self, suffixes: Sequence[Sequence[int]], sources: str, max_match: int = MAX_MATCH) -> Candidates:
-        suffixes = [*suffixes, *[()] * (NUM_ASKED - len(suffixes))]  # one program for any number of them
-        ends = [[NO_TOKEN] * (MAX_MATCH - len(suffix)) + list(suffix[-MAX_MATCH:]) for suffix in suffixes]
-        found = _candidates(
-            self.drafter.tables, self.state, self.context, jnp.asarray(ends, jnp.int32), sources=sources, max_match=max_match
-        )
-        return jax.tree.map(np.asarray, found)
-
-
-def _random(rng: np.random.Generator, length: int | np.integer) -> list[int]:
-    return rng.integers(0, NUM_TOKENS, int(length)).tolist()
-
-
-def _kind(length: int) -> int:
-    """The class of a match, as SOURCE_NAMES."""
-    return max(kind for kind, bound in enumerate(HIT_BOUNDS) if length >= bound)
-
-
-def _assert_matches(found: Candidates, row: int, expected: list[Match], num_unread: int = 0) -> None:
-    """That a row's candidates are what followed the expected matches, each token once; places count what was read."""
-    tokens = found.tokens[row]
-    assert sorted(tokens[tokens != NO_TOKEN].tolist()) == sorted(match.token for match in expected)
-    kept = tokens[found.is_candidate[row]].tolist()
-    assert sorted(kept) == sorted({match.token for match in expected})
-    totals = np.array([sum(match.length >= bound for match in expected) for bound in MATCH_LENGTHS])
-    end = NUM_OWN_FEATURES + len(MATCH_LENGTHS)
-    shared = found.features[row, :, NUM_OWN_FEATURES:end]  # of the text, whatever the candidate
-    np.testing.assert_allclose(shared, np.broadcast_to(np.log1p(totals) * 0.5, shared.shape), rtol=1e-5)
-    for place in np.flatnonzero(found.is_candidate[row]):
-        own = [match for match in expected if match.token == tokens[place]]
-        longest = max(match.length for match in own)
-        assert found.matches[row, place] == longest
-        assert found.places[row, place] == max(match.place for match in own if match.length == longest) - num_unread
-        assert found.sources[row, place] == _kind(longest)
-        counts = np.array([sum(match.length >= bound for match in own) for bound in MATCH_LENGTHS])
-        shares = np.where(totals > 0, np.log((counts + 0.1) / (totals + 1)), 0)
-        np.testing.assert_allclose(found.features[row, place, : len(MATCH_LENGTHS)], shares, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("history", "prompt_length", "max_match"),
-    [(512, 1, 16), (512, 300, 16), (64, 64, 16), (64, 200, 16), (512, 300, 5), (512, 300, 2), (512, 300, 1)],
-)
-def test_the_index_finds_the_matches_that_a_scan_finds(history, prompt_length, max_match):
-    rng = np.random.default_rng(prompt_length)
-    row = Row(hd_tree(_databases(), sources="c", history=history, remember=0, max_match=max_match), _random(rng, prompt_length))
-    num_long = num_full = 0
-    for _ in range(12):
-        # The text's own end, texts that go on from it, and one that begins only now.
-        suffixes = [
-            row.text[-MAX_MATCH:],
-            *(row.text[-MAX_MATCH:] + _random(rng, ahead) for ahead in (1, 2, 5)),
-            _random(rng, 2),
-        ]
-        found = row.asked(suffixes, "c", max_match)
-        for index, suffix in enumerate(suffixes):
-            expected = _scan(row.text, history, suffix, max_match)
-            _assert_matches(found, index, expected, max(prompt_length - history, 0))
-            num_long += sum(match.length > LONG_KEY for match in expected)
-            num_full += len(expected) >= RING
-        row.append(_random(rng, rng.integers(1, 8)))
-    assert max_match <= LONG_KEY or num_long > 5
-    assert history < 512 or prompt_length < 300 or num_full > 30
-
-
-def test_a_long_copy_is_told_by_its_length():
-    copied = list(range(100, 130))
-    row = Row(hd_tree(_databases(), sources="c"), [*copied, 7, *copied[:25]])
-    found = row.asked([row.text], "c")
-    (place,) = np.flatnonzero(found.is_candidate[0])
-    assert (found.tokens[0, place], found.matches[0, place], found.places[0, place]) == (125, MAX_MATCH, 24)
-    assert found.sources[0, place] == SOURCE_NAMES.index("context 10+")
-
-
-def test_newest_tokens():
-    rng = np.random.default_rng(0)
-    row = Row(hd_tree(_databases(), sources="c", history=64, remember=0), [2, 1])
-    assert recent(row.state.seen).tolist() == [NO_TOKEN] * (MAX_MATCH - 2) + [2, 1]
-    for _ in range(12):
-        row.append(_random(rng, 9))
-        assert recent(row.state.seen).tolist() == ([NO_TOKEN] * MAX_MATCH + row.text)[-MAX_MATCH:]
 
 
 @pytest.mark.parametrize("sources", SUBSETS)
 def test_the_sources_answers_are_merged_by_token(sources):
     rng = np.random.default_rng(1)
-    row = Row(hd_tree(_databases(), sources=sources), _random(rng, 5))
+    row = Row(hd_tree(databases(), sources=sources), random_tokens(rng, 5))
     seen = set()
     for _ in range(6):
-        row.append(_random(rng, 3))
-        suffixes = [row.text[-MAX_MATCH:], row.text[-MAX_MATCH:] + _random(rng, 2), [9] * MAX_MATCH]
+        row.append(random_tokens(rng, 3))
+        suffixes = [row.text[-MAX_MATCH:], row.text[-MAX_MATCH:] + random_tokens(rng, 2), [9] * MAX_MATCH]
         found = row.asked(suffixes, sources)
         for index, suffix in enumerate(suffixes):
-            matches = _scan(row.text, HISTORY, suffix) if "c" in sources else []
+            matches = scan(row.text, HISTORY, suffix) if "c" in sources else []
             answers = {letter: _answer(row.drafter, letter, suffix) for letter in "ms" if letter in sources}
             expected = {match.token for match in matches}.union(*answers.values())
             places = np.flatnonzero(found.is_candidate[index])
@@ -222,7 +59,7 @@ def test_the_sources_answers_are_merged_by_token(sources):
                 own = [match.length for match in matches if match.token == token]
                 first = next((letter for letter, answer in answers.items() if token in answer), None)
                 table = {"m": SOURCE_NAMES.index("model"), "s": SOURCE_NAMES.index("statistics"), None: -1}[first]
-                assert found.sources[index, place] == (_kind(max(own)) if own else table)
+                assert found.sources[index, place] == (kind_of(max(own)) if own else table)
                 assert found.matches[index, place] == max(own, default=0)
                 seen.add(int(found.sources[index, place]))
                 for number, letter in enumerate("ms"):
@@ -248,19 +85,19 @@ def _answer(drafter: Drafter, letter: str, suffix: Sequence[int]) -> dict[int, f
 @pytest.mark.parametrize("sources", ["cms", "c", "ms"])
 def test_hit_rates_are_moving_averages_over_the_tokens_in_their_order(sources):
     rng = np.random.default_rng(3)
-    row = Row(hd_tree(_databases(), sources=sources), _random(rng, 30))
+    row = Row(hd_tree(databases(), sources=sources), random_tokens(rng, 30))
     rates, num_asked = list(START_HIT_RATES), np.zeros(len(START_HIT_RATES), int)
     for _ in range(15):
-        before, new = list(row.text), _random(rng, rng.integers(1, 8))
+        before, new = list(row.text), random_tokens(rng, rng.integers(1, 8))
         if rng.random() < 0.3:
             new = before[5:12]  # a long match now and then
         for place, token in enumerate(new):
             suffix = (before + new[:place])[-MAX_MATCH:]  # what was asked knew the text before the step
             favorites: dict[int, int] = {}
-            matches = _scan(before, HISTORY, suffix) if "c" in sources else []
+            matches = scan(before, HISTORY, suffix) if "c" in sources else []
             if matches:
                 best = max(matches, key=lambda match: (match.length, match.place))
-                favorites[_kind(best.length)] = best.token
+                favorites[kind_of(best.length)] = best.token
             for letter, name in (("m", "model"), ("s", "statistics")):
                 if letter in sources:
                     favorites[SOURCE_NAMES.index(name)] = next(iter(_answer(row.drafter, letter, suffix)))
@@ -275,7 +112,7 @@ def test_hit_rates_are_moving_averages_over_the_tokens_in_their_order(sources):
 
 def test_a_finished_row_teaches_nothing():
     rng = np.random.default_rng(4)
-    row = Row(hd_tree(_databases()), _random(rng, 40))
+    row = Row(hd_tree(databases()), random_tokens(rng, 40))
     before = row.state
     row.append([])
     jax.tree.map(np.testing.assert_array_equal, row.state, before)
@@ -286,8 +123,8 @@ def test_a_finished_row_teaches_nothing():
 def test_the_shipped_weights_are_log_probabilities_for_every_choice_of_sources():
     rng = np.random.default_rng(5)
     for sources in SUBSETS:
-        text = _random(rng, 80)
-        row = Row(hd_tree(_databases(), sources=sources), text, _read(HISTORY, _context(text, 80)))
+        text = random_tokens(rng, 80)
+        row = Row(hd_tree(databases(), sources=sources), text, _read(HISTORY, context_of(text, 80)))
         found = row.asked([text[-MAX_MATCH:], [9] * MAX_MATCH, text[:MAX_MATCH]], sources)
         probabilities = np.exp(_log_probabilities({"weights": weights(sources)}, found))
         assert not found.is_candidate[:, -1].any()
@@ -388,11 +225,11 @@ CASES: list[dict[str, Any]] = [
 def test_the_tree_is_the_likeliest_nodes_of_the_pool(options):
     rng = np.random.default_rng(6)
     options = {"num_nodes": 17, "sources": "cms", "min_probability": 0.0, "max_match": MAX_MATCH, **options}
-    drafter = hd_tree(_databases(), **options)
+    drafter = hd_tree(databases(), **options)
     settings = {name: options[name] for name in ("rounds", "width", "max_match")}
     num_drafted = 0
     for length in (200, 30, 3):
-        text = _random(rng, length)
+        text = random_tokens(rng, length)
         text += text[3:20]  # the longer ones end with a long copy
         row, tree = _drafted(drafter, text)
         assert int(tree.tokens[0]) == text[-1]
@@ -416,15 +253,15 @@ def _drafted(drafter: Drafter, text: list[int]) -> tuple[Row, DraftTree]:
         row = Row(drafter, text[:-1])
         row.append(text[-1:])
     else:
-        row = Row(drafter, text, _read(HISTORY, _context(text, len(text))))
+        row = Row(drafter, text, _read(HISTORY, context_of(text, len(text))))
     return row, jax.jit(drafter.draft)(drafter.tables, row.state, row.context)
 
 
 @pytest.mark.parametrize("estimates", ["learned", "fixed"])
 def test_with_rounds_and_width_enough_the_tree_is_that_of_a_best_first_search(estimates):
     num_nodes = 6
-    drafter = hd_tree(_databases(), estimates=estimates, rounds=num_nodes, width=num_nodes, num_nodes=num_nodes)
-    row, tree = _drafted(drafter, _random(np.random.default_rng(8), 60))
+    drafter = hd_tree(databases(), estimates=estimates, rounds=num_nodes, width=num_nodes, num_nodes=num_nodes)
+    row, tree = _drafted(drafter, random_tokens(np.random.default_rng(8), 60))
     paths = _paths(tree, drafter)
     open_nodes: dict[Path, float] = {(): 0.0}
     expected: list[Path] = []
@@ -441,7 +278,7 @@ def test_with_rounds_and_width_enough_the_tree_is_that_of_a_best_first_search(es
 @pytest.mark.parametrize("estimates", ["learned", "fixed"])
 def test_a_long_copy_is_drafted_beyond_the_rounds(estimates):
     copied = list(range(10, 50))
-    drafter = hd_tree(_databases(), sources="c", estimates=estimates, rounds=2, width=2, num_nodes=33)
+    drafter = hd_tree(databases(), sources="c", estimates=estimates, rounds=2, width=2, num_nodes=33)
     paths = _paths(_drafted(drafter, [*copied, 7, *copied[:20]])[1], drafter)
     assert drafter.max_depth == 2 + TAIL_LENGTH
     assert paths[-1] == tuple(copied[20 : 20 + drafter.max_depth])
@@ -450,63 +287,32 @@ def test_a_long_copy_is_drafted_beyond_the_rounds(estimates):
 
 
 def test_a_copy_ends_where_the_text_ends():
-    drafter = hd_tree(_databases(), sources="c", rounds=1, width=1, num_nodes=33)
+    drafter = hd_tree(databases(), sources="c", rounds=1, width=1, num_nodes=33)
     assert _paths(_drafted(drafter, [5, 6, 7, 5, 6])[1], drafter) == [(7,), (7, 5), (7, 5, 6)]
 
 
 def test_a_smaller_budget_keeps_the_likeliest_of_a_larger_one():
-    text = _random(np.random.default_rng(9), 70)
-    small, large = (_drafted(hd_tree(_databases(), rounds=2, width=3, num_nodes=n), text)[1] for n in (6, 17))
+    text = random_tokens(np.random.default_rng(9), 70)
+    small, large = (_drafted(hd_tree(databases(), rounds=2, width=3, num_nodes=n), text)[1] for n in (6, 17))
     for name in ("tokens", "parents", "sources"):
         np.testing.assert_array_equal(getattr(small, name), getattr(large, name)[:6])
 
 
 def test_of_an_unknown_text_nothing_is_drafted():
-    drafter = hd_tree(_databases(), rounds=2, width=3, num_nodes=17)
+    drafter = hd_tree(databases(), rounds=2, width=3, num_nodes=17)
     assert _paths(_drafted(drafter, [17])[1], drafter) == []
 
 
 def test_a_new_request_keeps_the_hit_rates_and_not_the_text():
     rng = np.random.default_rng(10)
-    row = Row(hd_tree(_databases(), remember=0), _random(rng, 40))
-    row.append(_random(rng, 7))
+    row = Row(hd_tree(databases(), remember=0), random_tokens(rng, 40))
+    row.append(random_tokens(rng, 7))
     learned = row.state.hit_rates
     assert not np.allclose(learned, START_HIT_RATES)
-    new = row.renewed(_random(rng, 12))
+    new = row.renewed(random_tokens(rng, 12))
     fresh = Row(row.drafter, new.text)
     np.testing.assert_array_equal(new.state.hit_rates, learned)
     jax.tree.map(np.testing.assert_array_equal, new.state, fresh.state._replace(hit_rates=learned))
-
-
-def test_a_session_remembers_earlier_text_if_asked_to():
-    rng = np.random.default_rng(11)
-    drafter = hd_tree(_databases(), sources="c", history=64, remember=64)
-    row = Row(drafter, _random(rng, 40))
-    row.append(_random(rng, 9))
-    new = row.renewed([*_random(rng, 30), *row.text[5:10]])
-    np.testing.assert_array_equal(new.state.hit_rates, row.state.hit_rates)
-    whole = row.text + new.text
-    assert int(new.state.seen.num_seen) == len(whole)
-    found = new.asked([new.text[-MAX_MATCH:]], "c")
-    _assert_matches(found, 0, _scan(whole, 128, new.text[-MAX_MATCH:]))
-    assert found.places[0][found.is_candidate[0]].min() < len(row.text)
-    for _ in range(8):  # around the ring
-        new.append(_random(rng, 10))
-    whole = row.text + new.text
-    _assert_matches(new.asked([new.text[-MAX_MATCH:]], "c"), 0, _scan(whole, 128, new.text[-MAX_MATCH:]))
-    assert jax.tree.map(jnp.shape, new.state) == jax.tree.map(jnp.shape, row.state)
-
-
-def test_a_chat_that_goes_on_is_not_read_twice():
-    rng = np.random.default_rng(12)
-    drafter = hd_tree(_databases(), sources="c", history=64, remember=64)
-    row = Row(drafter, _random(rng, 30))
-    row.append(_random(rng, 8))
-    new = row.renewed(row.text + _random(rng, 9))
-    assert int(new.state.seen.num_seen) == len(new.text) and int(new.state.seen.start) == 0
-    _assert_matches(new.asked([new.text[-MAX_MATCH:]], "c"), 0, _scan(new.text, 128, new.text[-MAX_MATCH:]))
-    other = new.renewed([2, 1, 0, 2, 1, 0, 0, 1])
-    assert int(other.state.seen.start) == len(new.text) and int(np.sum(other.state.seen.occurrences)) == 8
 
 
 @pytest.mark.parametrize(
@@ -534,23 +340,23 @@ def test_a_chat_that_goes_on_is_not_read_twice():
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        hd_tree(**{"databases": _databases(), **options})
+        hd_tree(**{"databases": databases(), **options})
 
 
 def test_the_order_of_the_letters_does_not_matter_and_the_context_needs_no_database():
-    assert hd_tree(_databases(), sources="smc").draft is hd_tree(_databases(), sources="cms").draft
+    assert hd_tree(databases(), sources="smc").draft is hd_tree(databases(), sources="cms").draft
     assert drafters.make("hd_tree", Databases(), {"sources": "c"}).name == "hd_tree"
 
 
 def test_the_same_options_compile_nothing_anew():
-    first, second = hd_tree(_databases(), num_nodes=9), hd_tree(_databases(), num_nodes=9)
+    first, second = hd_tree(databases(), num_nodes=9), hd_tree(databases(), num_nodes=9)
     assert jax.tree.structure(first) == jax.tree.structure(second)
     assert second.tables["successors"] is first.tables["successors"]
-    assert jax.tree.structure(first) != jax.tree.structure(hd_tree(_databases(), num_nodes=10))
+    assert jax.tree.structure(first) != jax.tree.structure(hd_tree(databases(), num_nodes=10))
 
 
 def test_the_turns_of_a_session_are_plain_decodings(lm):
-    drafter = hd_tree(_databases(48), rounds=2, width=2, history=64, remember=64, num_nodes=5)
+    drafter = hd_tree(databases(48), rounds=2, width=2, history=64, remember=64, num_nodes=5)
     plain, session = decode.Session(lm), decode.Session(lm, drafter=drafter)
     for message in ("hello", "againhello", "hello"):
         expected, found = (each.generate(message, max_new_tokens=24) for each in (plain, session))
