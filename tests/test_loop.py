@@ -13,10 +13,13 @@ from jax import export
 from hd_jax import draft_tree, drafters, loop, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
+from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters import Drafter
 from hd_jax.models.llama import empty_cache
 from hd_jax.runner import LM, Options, Row
+
+MAX_COPIED = 1 << 15  # bytes
 
 
 def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, sizes: tuple[int, ...] = ()):
@@ -53,6 +56,30 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, num_rows, exact, s
     assert not copies, copies
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: drafters.hd(order="c"),
+        lambda: drafters.lookahead(),
+        lambda: drafters.recycling(vocab_size=48),
+        lambda: drafters.aded(_databases(), num_nodes=9),
+        lambda: drafters.aded(_databases(), adapt="from_text", num_nodes=9),
+        lambda: drafters.hd_tree(_databases(), rounds=2, width=2, num_nodes=9),
+        lambda: drafters.hd_tree(_databases(), sources="cmsr", rounds=2, width=2, num_nodes=9),
+    ],
+    ids=["hd", "lookahead", "recycling", "aded", "aded from text", "hd_tree", "hd_tree recycling"],
+)
+def test_no_large_state_of_a_drafter_is_copied_in_the_compiled_loop(lm, make):
+    """Of arrays of more than MAX_COPIED bytes: what a step writes to, it must not have to read afterwards."""
+    arguments, _ = _arguments(lm, make(), 1, False)
+    large = [leaf for leaf in jax.tree.leaves(arguments[6].drafter) if leaf.nbytes > MAX_COPIED]
+    text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
+    body = text[: text.index("ENTRY")]
+    shapes = {",".join(map(str, leaf.shape)) for leaf in large}
+    assert not [line for shape in shapes for line in re.findall(rf"\n.*= \w+\[{shape}\]\S* copy\(.*", body)]
+    assert all(f"[{shape}]" in body for shape in shapes)
+
+
 def test_the_copy_test_sees_a_copy():
     """The same pattern on a loop that rearranges a whole cache."""
 
@@ -66,9 +93,14 @@ def test_the_copy_test_sees_a_copy():
     assert re.findall(r"\n.*= f32\[1,2,8,4\]\S* copy\(.*", text)
 
 
+def _databases() -> Databases:
+    documents = [np.arange(2, 40, dtype=np.int32)] * 2
+    text = SuffixArray.build(documents)
+    return Databases(model_text=text, statistics=text, trigrams=TrigramCounts.build(documents))
+
+
 def _hd_tree() -> Drafter:
-    statistics = SuffixArray.build([np.arange(2, 40, dtype=np.int32)] * 2)
-    return drafters.hd_tree(Databases(model_text=statistics, statistics=statistics), rounds=2, width=2, num_nodes=9)
+    return drafters.hd_tree(_databases(), rounds=2, width=2, num_nodes=9)
 
 
 @pytest.mark.parametrize(

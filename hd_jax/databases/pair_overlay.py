@@ -50,7 +50,7 @@ def lookup(overlay: PairOverlay, pairs: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def write(overlay: PairOverlay, pairs: jax.Array, tokens: jax.Array, weights: jax.Array, is_written: jax.Array) -> PairOverlay:
-    """The overlay with new rows. Of several rows for one bucket, the last is written.
+    """The overlay with new rows, those that hold something. Of several rows for one bucket, the last is written.
 
     Args:
       overlay: before.
@@ -60,6 +60,7 @@ def write(overlay: PairOverlay, pairs: jax.Array, tokens: jax.Array, weights: ja
       is_written: bool[Q], which rows count.
     """
     num_buckets = overlay.keys.shape[0]
+    is_written = is_written & (weights[:, 0] > 0)  # and so after rows were read for the weights: nothing is copied
     places = jnp.where(is_written, buckets(pairs, num_buckets), num_buckets)
     # A scatter has no order of its own, so each bucket is written once.
     is_later = ~np.tri(places.shape[0], dtype=bool)

@@ -284,6 +284,8 @@ def learn(
         sum_of = lambda values: jnp.sum(jnp.where(is_right, values, 0.0), axis=1)  # noqa: E731
         others, own = sum_of(jnp.exp(log_probabilities(tables, found))), sum_of(found.recycled_sums)
         recycled = recycled_rows.learn_shares(recycled, found.recycled, found.classes, others, own, is_new)
+    # Always so; but the writing then waits for the reading, and is not to a copy of the whole index in every step.
+    num_tokens = jnp.where(jnp.sum(hit_rates) < jnp.inf, num_tokens, 0)
     return State(text_index.append(state.seen, tokens, num_tokens), hit_rates, recycled)
 
 

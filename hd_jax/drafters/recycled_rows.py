@@ -61,6 +61,7 @@ def write(recycled: RecycledRows, context: Context, feedback: Feedback) -> Recyc
     """After a step, the rows of all verified nodes; of several with one key, the last stays."""
     pairs = feedback.pairs(context)
     is_seen = is_node(feedback.tree) & (feedback.num_appended > 0)
+    is_seen &= jnp.sum(recycled.shares) < jnp.inf  # always; but the rows were read for the shares, and are not copied then
     rows = pair_overlay.write(
         recycled.rows,
         jnp.concatenate([_alone(pairs), pairs]),
