@@ -54,7 +54,8 @@ def random_model(name: str, tokenizer: Tokenizer, *, dtype: str | None = None, m
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but shape {name} has a vocabulary of {SHAPES[name].vocab_size}"
         )
-    config = dataclasses.replace(SHAPES[name], dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config = dataclasses.replace(SHAPES[name], dtype=dtype, is_fused=mesh is None)
     sharding.check(config, mesh)
     model = Llama(config, mesh=mesh)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 2, jnp.ones((1, 1, 1), bool))

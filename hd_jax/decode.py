@@ -22,8 +22,8 @@ import numpy as np
 from hd_jax import draft_tree, drafters, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.drafters.base import Context, Drafter, Feedback
+from hd_jax.models import llama, weights
 from hd_jax.models import tokenizer as tokenizers
-from hd_jax.models import weights
 from hd_jax.models.llama import Llama
 from hd_jax.result import Result
 from hd_jax.runner import LM, Row
@@ -73,6 +73,8 @@ def load(
     mesh = None if mesh is None else sharding.make_mesh(mesh)
     folder = weights.resolve(str(name)) if name is not None else EMBEDDED
     config, params = weights.load(folder, dtype, mesh)
+    if mesh is None:  # A mesh splits each matrix by itself.
+        config, params = llama.fused(config, params)
     tokenizer = tokenizers.load(folder)
     if max_context is not None and not 1 < max_context <= config.max_context:
         raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")

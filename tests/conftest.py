@@ -29,7 +29,7 @@ class LetterTokenizer:
         return [t for m in messages for t in [0 if m["role"] == "user" else 2, *self.encode(m["content"])]] + [2]
 
 
-def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype: str = "float32") -> LM:
+def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype: str = "float32", head_dim: int = 8) -> LM:
     """A random two-layer model with grouped heads, whose greedy texts repeat themselves now and then."""
     config = ModelConfig(
         vocab_size=vocab_size,
@@ -38,7 +38,7 @@ def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_context=max_context,
         is_head_tied=True,
         dtype=dtype,
@@ -60,3 +60,8 @@ def compiled_programs_are_freed():
 @pytest.fixture(scope="session")
 def lm() -> LM:
     return random_lm()
+
+
+@pytest.fixture(scope="session")
+def random_bfloat16_lm():
+    return random_lm(dtype="bfloat16", head_dim=32)

@@ -65,6 +65,7 @@ class ModelConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     use_qk_norm: bool = False
+    is_fused: bool = False  # one matrix for queries, keys and values, and one for gate and up: `llama.fused` makes them
     dtype: str = "float32"  # of the parameters, the activations and the cache; norms, softmax and logits are float32
 
 

@@ -23,6 +23,8 @@ that a compiled step both reads and rewrites whole would be copied.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from hd_jax import sharding
+from hd_jax.models import gpu_attention
 from hd_jax.models.config import ModelConfig, RopeConfig
 
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
@@ -106,39 +109,50 @@ def attend(
     cached: tuple[jax.Array, jax.Array] | None,  # [B, K, S, D] twice
     cache_lengths: jax.Array | None,  # int32[B]
     accumulate_dtype: Any,
+    *,
+    mesh: sharding.AnyMesh = None,
 ) -> jax.Array:  # [B, T, H * D]
-    """Softmax attention over cached and new keys as two blocks under one maximum, so that the cache is never concatenated."""
+    """Softmax attention over cached and new keys, with scores and sums of `accumulate_dtype`.
+
+    On a GPU a kernel of its own reads the cache (gpu_attention.py); on a mesh, whose splits the compiler cannot carry into
+    it, and elsewhere, `_attend`.
+    """
+    q = q * (q.shape[-1] ** -0.5)
+    blockwise = functools.partial(_attend, accumulate_dtype=accumulate_dtype)
+    is_plain = mesh is None and accumulate_dtype == jnp.float32
+    if is_plain and cached is not None and gpu_attention.is_possible(q.shape[-1], cached[0].shape[2], q.dtype):
+        out = jax.lax.platform_dependent(q, new, self_mask, cached, cache_lengths, cuda=gpu_attention.attend, default=blockwise)
+    else:
+        out = blockwise(q, new, self_mask, cached, cache_lengths)
+    return out.astype(new[0].dtype).reshape(*q.shape[:2], -1)
+
+
+def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype) -> jax.Array:  # [B, T, H, D]
+    """Of scaled queries: cached and new keys as two blocks under one maximum, so that the cache is never concatenated."""
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_groups = new[0].shape[1]
-    q = (q * (head_dim**-0.5)).reshape(num_rows, num_tokens, num_groups, num_heads // num_groups, head_dim)
+    q = q.reshape(num_rows, num_tokens, num_groups, num_heads // num_groups, head_dim)
     q = jnp.transpose(q, (0, 2, 3, 1, 4))  # [B, K, H / K, T, D]
     blocks = [(*new, self_mask[:, None, None, :, :])]
     if cached is not None:
-        assert cache_lengths is not None
         is_committed = jnp.arange(cached[0].shape[2])[None, :] < cache_lengths[:, None]
         blocks.append((*cached, is_committed[:, None, None, None, :]))
+    # bfloat16 operands go into a product as they are: so matrix units take them, and no copy of the cache is made.
+    is_narrow = new[0].dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32
+    operand_dtype = jnp.bfloat16 if is_narrow else accumulate_dtype
 
-    def wide(x: jax.Array) -> jax.Array:
-        return x.astype(accumulate_dtype)
+    def product(subscripts: str, *operands: jax.Array) -> jax.Array:
+        operands = tuple(x.astype(operand_dtype) for x in operands)
+        return jnp.einsum(subscripts, *operands, precision=PRECISION, preferred_element_type=accumulate_dtype)
 
     lowest = jnp.finfo(accumulate_dtype).min
-    scores = [
-        jnp.where(
-            mask,
-            jnp.einsum("bkgtd,bksd->bkgts", wide(q), wide(k), precision=PRECISION, preferred_element_type=accumulate_dtype),
-            lowest,
-        )
-        for k, _, mask in blocks
-    ]
+    scores = [jnp.where(mask, product("bkgtd,bksd->bkgts", q, k), lowest) for k, _, mask in blocks]
     peak = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
     weights = [jnp.exp(s - peak) for s in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    values = sum(
-        jnp.einsum("bkgts,bksd->bkgtd", w, wide(v), precision=PRECISION, preferred_element_type=accumulate_dtype)
-        for w, (_, v, _) in zip(weights, blocks, strict=True)
-    )
-    out = jnp.divide(values, total).astype(new[0].dtype)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(num_rows, num_tokens, num_heads * head_dim)
+    values = sum(product("bkgts,bksd->bkgtd", w, v) for w, (_, v, _) in zip(weights, blocks, strict=True))
+    out = jnp.transpose(jnp.divide(values, total), (0, 3, 1, 2, 4))
+    return out.reshape(num_rows, num_tokens, num_heads, head_dim)
 
 
 class Linear(nn.Module):
@@ -187,7 +201,11 @@ class Attention(nn.Module):
             out = Linear(num_heads * c.head_dim, c.attention_bias, c.dtype, self.dot_general, name=name)(x)
             return out.reshape(num_rows, num_tokens, num_heads, c.head_dim)
 
-        q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
+        if c.is_fused:
+            joined = project("qkv_proj", c.num_heads + 2 * c.num_kv_heads)
+            q, k, v = jnp.split(joined, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+        else:
+            q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
         if c.use_qk_norm:
             q, k = RMSNorm(c.rms_norm_eps, c.dtype, name="q_norm")(q), RMSNorm(c.rms_norm_eps, c.dtype, name="k_norm")(k)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
@@ -207,7 +225,10 @@ class MLP(nn.Module):
         def linear(name: str, width: int) -> Linear:
             return Linear(width, c.mlp_bias, c.dtype, self.dot_general, name=name)
 
-        gate, up = linear("gate_proj", c.intermediate_size)(x), linear("up_proj", c.intermediate_size)(x)
+        if c.is_fused:
+            gate, up = jnp.split(linear("gate_up_proj", 2 * c.intermediate_size)(x), 2, axis=-1)
+        else:
+            gate, up = linear("gate_proj", c.intermediate_size)(x), linear("up_proj", c.intermediate_size)(x)
         return linear("down_proj", c.hidden_size)(nn.silu(gate) * up)
 
 
@@ -246,7 +267,8 @@ class Llama(nn.Module):
         init = nn.initializers.normal(0.02)
         shape = (c.vocab_size, c.hidden_size)
         self.embed_tokens = self.param("embed_tokens", init, shape, c.dtype)
-        self.layers = [Layer(c, self.dot_general, self.attend_fn) for _ in range(c.num_layers)]
+        attend_fn = self.attend_fn if self.mesh is None else functools.partial(self.attend_fn, mesh=self.mesh)
+        self.layers = [Layer(c, self.dot_general, attend_fn) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, c.dtype)
         self.lm_head = self.embed_tokens if c.is_head_tied else self.param("lm_head", init, shape, c.dtype)
 
@@ -298,3 +320,26 @@ class Llama(nn.Module):
         """Logits float32[B, T, V] and the new tokens' keys and values; see `hidden` for the arguments."""
         hidden, rows = self.hidden(*args, **kwargs)
         return self.head(hidden), rows
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def fused(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    """The model with one product in place of the two or three that take the same input: fewer and larger ones are faster.
+
+    The arrays that are joined are deleted, layer by layer, so that the model is never held twice.
+    """
+
+    def join(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: join(branch) for name, branch in tree.items()}
+        for name, parts in FUSED.items():
+            if parts[0] in tree:
+                pieces = [tree.pop(part) for part in parts]
+                tree[name] = jax.block_until_ready(jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *pieces))
+                jax.tree.map(lambda array: array.delete(), pieces)
+        return tree
+
+    return dataclasses.replace(config, is_fused=True), join(params)
