@@ -48,6 +48,7 @@ from hd_jax.models.tokenizer import TOKEN_CLASSES
 WEIGHTS = pathlib.Path(__file__).parents[1] / "assets" / "hd_tree.safetensors"
 SUBSETS = ("c", "cm", "cs", "ms", "cms")  # of sources, each with weights of its own
 MATCH_LENGTHS = (1, 2, 3, 4, 6, 8, 12, MAX_MATCH)  # at which counts are taken
+COUNT_BITS, COUNTS_A_WORD = 6, 4  # of an int32; a count is at most the 2 RING places of a text's matches
 # What a source's hit rate is kept for: the context by the length of its longest match, and the two tables.
 HIT_BOUNDS = (1, 3, 6, 10)  # shortest matches of the context's classes
 SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "model", "statistics", "recycled")
@@ -235,7 +236,7 @@ def _functions(
             nodes["is_expanded"] = jnp.zeros(scores.size, bool)
             if index < rounds - 1:
                 base, chosen = _best(nodes["scores"], min(width, scores.size))
-                nodes["is_expanded"] = nodes["scores"] >= base[-1]
+                nodes["is_expanded"] = nodes["scores"] >= jnp.min(base)
                 shifted = suffixes[chosen // scores.shape[1], 1:]
                 suffixes = jnp.concatenate([shifted, nodes["tokens"][chosen][:, None]], axis=1)
                 parents = num_pooled + chosen
@@ -306,32 +307,30 @@ def candidates(
     no_token = jnp.full((num_texts, 1), NO_TOKEN)  # the last place: that no candidate is right
     from_rows = blank if recycled is None else recycled.tokens
     tokens = jnp.concatenate([following, answers.tokens.reshape(num_texts, -1), from_rows, no_token], axis=1)
-    num_matches, num_answers = following.shape[1], answers.tokens[0].size
-    is_same = (tokens[:, :, None] == tokens[:, None, :]) & (tokens != NO_TOKEN)[:, None, :]  # [Q, I, I]
-    is_earlier = np.tri(tokens.shape[1], k=-1, dtype=bool)
-    is_candidate = (tokens != NO_TOKEN) & ~jnp.any(is_same & is_earlier, axis=-1)
+    num_matches, number = following.shape[1], np.arange(tokens.shape[1])
 
-    # Each token's counts in the context by match length, and the tables' probabilities of it: sums over the places that
-    # hold the token, of what each place says.
-    reaches = (matches[:, :, None] >= np.array(MATCH_LENGTHS)).astype(jnp.float32)  # [Q, R, 8]
-    by_table = answers.probabilities[..., None] * np.eye(len(asked), dtype=np.float32)[:, None]  # [Q, T, G, T]
-    by_table = by_table.reshape(num_texts, num_answers, len(asked))
-    of_rows = jnp.zeros((num_texts, 0, 0)) if recycled is None else recycled.probabilities[..., None]
-    num_columns, column, said = len(MATCH_LENGTHS) + len(asked) + of_rows.shape[2], 0, []
-    for values in (reaches, by_table, of_rows):
-        after = num_columns - column - values.shape[2]
-        said.append(jnp.pad(values, ((0, 0), (0, values is of_rows), (column, after))))  # the last place is said by none
-        column += values.shape[2]
-    sums = is_same.astype(jnp.float32) @ jnp.concatenate(said, axis=1)  # [Q, I, 8 + T, and one of what was recycled]
-    counts = sums[..., : len(MATCH_LENGTHS)]
-    totals = jnp.sum(reaches, axis=1)  # [Q, 8]
-    probabilities = {letter: sums[..., len(MATCH_LENGTHS) + number] for number, letter in enumerate(asked)}
-
-    # The longest match that each token followed, and its latest place.
-    of_context = is_same[:, :, :num_matches]  # [Q, I, R]
+    # What the context says of each token, over the places R that it followed: how many reach each match length, in words of
+    # several counts; the longest match and its latest place; and whether an earlier place holds the token.
+    of_context = tokens[:, :, None] == following[:, None]  # [Q, I, R]
+    lengths = np.array(MATCH_LENGTHS).reshape(-1, COUNTS_A_WORD, 1)
+    reaches = (matches[:, None, None] >= lengths).astype(jnp.int32)  # [Q, 2, 4, R]
+    shifts = COUNT_BITS * np.arange(COUNTS_A_WORD, dtype=np.int32)
+    words = jnp.sum(reaches << shifts[:, None], axis=2)  # [Q, 2, R]
+    words = jnp.sum(jnp.where(of_context[:, :, None], words[:, None], 0), axis=-1)  # [Q, I, 2]
+    counts = words[..., None] >> shifts & (1 << COUNT_BITS) - 1
+    counts = counts.reshape(*tokens.shape, -1).astype(jnp.float32)  # [Q, I, 8]
+    totals = jnp.sum(reaches, axis=-1).reshape(num_texts, -1).astype(jnp.float32)  # [Q, 8]
     rank = matches * (1 << 24) + places % (1 << 24)  # 16 million places: by the match's length, then the latest
     best = jnp.max(jnp.where(of_context, rank[:, None, :], -1), axis=-1, initial=-1)  # [Q, I]
     longest = jnp.where(best >= 0, best >> 24, 0)
+    is_known = jnp.any(of_context & (number[:num_matches] < number[:, None]), axis=-1)
+
+    # And the tables and rows, each of which lists a token once.
+    by_table = _listed(tokens[:, None], answers.tokens, answers.probabilities)  # [Q, T, I]
+    probabilities = {letter: by_table[:, index] for index, letter in enumerate(asked)}
+    for index, values in enumerate(probabilities.values(), 1):
+        is_known |= (values > 0) & (number >= num_matches + index * answers.tokens.shape[2])
+    is_candidate = (tokens != NO_TOKEN) & ~is_known
 
     none = jnp.zeros(num_texts)
     of_class = functools.partial(jax.nn.one_hot, num_classes=len(TOKEN_CLASSES))
@@ -341,12 +340,12 @@ def candidates(
     for letter in TABLES:
         values = (none,) * 3
         if letter in asked:
-            number = asked.index(letter)
-            first = jnp.log(answers.probabilities[:, number, 0] + 1e-3)
-            values = (answers.orders[:, number], jnp.log1p(answers.counts[:, number]), first)
+            index = asked.index(letter)
+            first = jnp.log(answers.probabilities[:, index, 0] + 1e-3)
+            values = (answers.orders[:, index], jnp.log1p(answers.counts[:, index]), first)
         node_features.append(jnp.stack(values, axis=1) * jnp.array([0.3, 0.3, 0.5]))
-    lengths = jnp.log1p(jnp.stack([context.length - context.prompt_length, context.prompt_length]).astype(jnp.float32)) * 0.2
-    node_features += [jnp.broadcast_to(x, (num_texts, x.shape[0])) for x in (lengths, state.hit_rates)]
+    sizes = jnp.log1p(jnp.stack([context.length - context.prompt_length, context.prompt_length]).astype(jnp.float32)) * 0.2
+    node_features += [jnp.broadcast_to(x, (num_texts, x.shape[0])) for x in (sizes, state.hit_rates)]
 
     shared = jnp.concatenate(node_features, axis=1)
     share = jnp.log((counts + 0.1) / (totals[:, None, :] + 1))
@@ -354,7 +353,7 @@ def candidates(
     for letter in TABLES:
         values = probabilities.get(letter, jnp.zeros(tokens.shape))
         features.append(jnp.log(values + 1e-3)[..., None] * 0.5)
-    is_none = jnp.broadcast_to(np.arange(tokens.shape[1]) == tokens.shape[1] - 1, tokens.shape)
+    is_none = jnp.broadcast_to(number == number[-1], tokens.shape)
     single = [
         class_of(tokens) == class_of(last)[:, None],
         tokens == last[:, None],
@@ -389,8 +388,16 @@ def candidates(
         favorites=jnp.concatenate(favorites, axis=1),
         classes=match_classes,
         recycled=recycled,
-        recycled_sums=sums[..., -1] if recycled is not None else jnp.zeros(tokens.shape),
+        recycled_sums=jnp.zeros(tokens.shape) if recycled is None else _listed(tokens, recycled.tokens, recycled.probabilities),
     )
+
+
+def _listed(tokens: jax.Array, listed: jax.Array, probabilities: jax.Array) -> jax.Array:
+    """The probabilities float32[..., I] of tokens int32[..., I] by lists [..., G] that hold each token once; 0 if not at all."""
+    # Those of no negative sign are ordered as their bits are, and of integers a CPU finds the maximum in vector operations.
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)[..., None]
+    found = jnp.max(jnp.where(listed[..., None] == tokens[..., None, :], bits, 0), axis=-2, initial=0)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def _by_hierarchy(counts, totals, probabilities, is_candidate) -> jax.Array:
@@ -422,15 +429,18 @@ def network(net: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     """Scores float32[Q, I], whose softmax are probabilities, from float32[Q, I, F]."""
     activate = lambda x: jnp.maximum(x, 0.01 * x)  # noqa: E731 - leaky ReLU
 
-    def in_parts(x: jax.Array, weights: jax.Array) -> jax.Array:  # a text's own features once
-        own, shared = x[..., :NUM_OWN_FEATURES], x[:, :1, NUM_OWN_FEATURES:]
-        return own @ weights[:NUM_OWN_FEATURES] + shared @ weights[NUM_OWN_FEATURES:]
+    def hidden(net, first: jax.Array) -> jax.Array:
+        return activate(activate(first) @ net["hidden"] + net["hidden_bias"])
 
-    # On an accelerator a launch costs more than the work that it saves.
-    first = jax.lax.platform_dependent(features, net["features"], cpu=in_parts, default=jnp.matmul)
-    hidden = activate(first + net["bias"])
-    hidden = activate(hidden @ net["hidden"] + net["hidden_bias"])
-    return jnp.sum(hidden * net["out"], axis=-1)
+    def in_parts(net, x: jax.Array) -> jax.Array:  # a text's own features once
+        own, shared = x[..., :NUM_OWN_FEATURES], x[:, :1, NUM_OWN_FEATURES:]
+        of_text = shared @ net["features"][NUM_OWN_FEATURES:] + net["bias"]
+        return hidden(net, own @ net["features"][:NUM_OWN_FEATURES] + of_text) @ net["out"]
+
+    def at_once(net, x: jax.Array) -> jax.Array:  # on an accelerator a launch costs more than the work that it saves
+        return jnp.sum(hidden(net, x @ net["features"] + net["bias"]) * net["out"], axis=-1)
+
+    return jax.lax.platform_dependent(net, features, cpu=in_parts, default=at_once)
 
 
 def _best(scores: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array]:
