@@ -362,7 +362,9 @@ def candidates(
     own = jnp.concatenate([of_class(class_of(tokens)), jnp.stack([x.astype(jnp.float32) for x in single], axis=-1)], axis=-1)
     features.append(jnp.where(is_none[..., None], 0.0, own))
     features.append(is_none.astype(jnp.float32)[..., None])
-    features.append(jnp.broadcast_to(shared[:, None, :], (*tokens.shape, shared.shape[1])))
+    # In rows, as the network's product takes them: a CPU then makes them part by part, and not choosing one for every number.
+    features = jnp.concatenate([part.reshape(tokens.size, -1) for part in features], axis=-1).reshape(*tokens.shape, -1)
+    features = jnp.concatenate([features, jnp.broadcast_to(shared[:, None], (*tokens.shape, shared.shape[1]))], axis=-1)
 
     kinds = np.searchsorted(HIT_BOUNDS, np.arange(MAX_MATCH + 1), "right") - 1  # of a match's length
     other_source = jnp.full(tokens.shape, SOURCE_NAMES.index("recycled"))
@@ -383,7 +385,7 @@ def candidates(
         matches=longest,
         places=best % (1 << 24),
         sources=jnp.where(longest > 0, jnp.asarray(kinds)[longest], other_source),
-        features=jnp.concatenate(features, axis=-1),
+        features=features,
         fixed=_by_hierarchy(counts, totals, probabilities, is_candidate),
         favorites=jnp.concatenate(favorites, axis=1),
         classes=match_classes,
@@ -393,8 +395,8 @@ def candidates(
 
 
 def _listed(tokens: jax.Array, listed: jax.Array, probabilities: jax.Array) -> jax.Array:
-    """The probabilities float32[..., I] of tokens int32[..., I] by lists [..., G] that hold each token once; 0 if not at all."""
-    # Those of no negative sign are ordered as their bits are, and of integers a CPU finds the maximum in vector operations.
+    """The probabilities float32[..., I] of tokens int32[..., I] by lists [..., G] that hold a token once or, for 0, not."""
+    # Numbers without a sign are ordered as their bits are, and a CPU finds maxima of integers in vector operations.
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)[..., None]
     found = jnp.max(jnp.where(listed[..., None] == tokens[..., None, :], bits, 0), axis=-2, initial=0)
     return jax.lax.bitcast_convert_type(found, jnp.float32)
