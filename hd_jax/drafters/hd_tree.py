@@ -49,6 +49,7 @@ WEIGHTS = pathlib.Path(__file__).parents[1] / "assets" / "hd_tree.safetensors"
 SUBSETS = ("c", "cm", "cs", "ms", "cms")  # of sources, each with weights of its own
 MATCH_LENGTHS = (1, 2, 3, 4, 6, 8, 12, MAX_MATCH)  # at which counts are taken
 COUNT_BITS, COUNTS_A_WORD = 6, 4  # of an int32; a count is at most the 2 RING places of a text's matches
+LOG_COUNTS = np.log(np.arange(1 << COUNT_BITS, dtype=np.float32) + np.float32(0.1))
 # What a source's hit rate is kept for: the context by the length of its longest match, and the two tables.
 HIT_BOUNDS = (1, 3, 6, 10)  # shortest matches of the context's classes
 SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "model", "statistics", "recycled")
@@ -317,8 +318,7 @@ def candidates(
     shifts = COUNT_BITS * np.arange(COUNTS_A_WORD, dtype=np.int32)
     words = jnp.sum(reaches << shifts[:, None], axis=2)  # [Q, 2, R]
     words = jnp.sum(jnp.where(of_context[:, :, None], words[:, None], 0), axis=-1)  # [Q, I, 2]
-    counts = words[..., None] >> shifts & (1 << COUNT_BITS) - 1
-    counts = counts.reshape(*tokens.shape, -1).astype(jnp.float32)  # [Q, I, 8]
+    counts = (words[..., None] >> shifts & (1 << COUNT_BITS) - 1).reshape(*tokens.shape, -1)  # [Q, I, 8]
     totals = jnp.sum(reaches, axis=-1).reshape(num_texts, -1).astype(jnp.float32)  # [Q, 8]
     rank = matches * (1 << 24) + places % (1 << 24)  # 16 million places: by the match's length, then the latest
     best = jnp.max(jnp.where(of_context, rank[:, None, :], -1), axis=-1, initial=-1)  # [Q, I]
@@ -348,7 +348,7 @@ def candidates(
     node_features += [jnp.broadcast_to(x, (num_texts, x.shape[0])) for x in (sizes, state.hit_rates)]
 
     shared = jnp.concatenate(node_features, axis=1)
-    share = jnp.log((counts + 0.1) / (totals[:, None, :] + 1))
+    share = jnp.asarray(LOG_COUNTS)[counts] - jnp.log1p(totals)[:, None]
     features = [jnp.where(totals[:, None, :] > 0, share, 0.0)]
     for letter in TABLES:
         values = probabilities.get(letter, jnp.zeros(tokens.shape))
@@ -357,7 +357,7 @@ def candidates(
     single = [
         class_of(tokens) == class_of(last)[:, None],
         tokens == last[:, None],
-        jnp.log1p(state.seen.occurrences[tokens % NUM_BUCKETS].astype(jnp.float32)),
+        jnp.log1p(state.seen.occurrences.astype(jnp.float32))[tokens % NUM_BUCKETS],
     ]
     own = jnp.concatenate([of_class(class_of(tokens)), jnp.stack([x.astype(jnp.float32) for x in single], axis=-1)], axis=-1)
     features.append(jnp.where(is_none[..., None], 0.0, own))
