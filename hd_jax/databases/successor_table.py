@@ -88,21 +88,30 @@ def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
     """
     hashes, fingerprints = _hashes(suffixes[:, ::-1][:, : table.max_order])  # [Q, K]
     buckets = table.bucket_bases[:, None] + (hashes[:, None] & table.bucket_masks[:, None]).astype(jnp.int32)  # [Q, T, K]
-    first, last = table.bucket_starts[buckets], table.bucket_starts[buckets + 1]
-    places = first[..., None] + jnp.arange(table.bucket_width, dtype=jnp.int32)  # [Q, T, K, W]
-    is_found = (table.fingerprints[places] == fingerprints[:, None, :, None]) & (places < last[..., None])
+    bounds = table.bucket_starts[buckets[..., None] + np.arange(2)]
+    places = bounds[..., :1] + jnp.arange(table.bucket_width, dtype=jnp.int32)  # [Q, T, K, W]
+    in_bucket = _windows(table.fingerprints, bounds[..., 0], table.bucket_width)
+    is_found = (in_bucket == fingerprints[:, None, :, None]) & (places < bounds[..., 1:])
     orders = jnp.arange(1, table.max_order + 1, dtype=jnp.int32)[:, None]
     # One maximum finds the longest context and its place.
     longest = jnp.max(jnp.where(is_found, orders << PLACE_BITS | places, 0), axis=(-2, -1))  # [Q, T]
     orders, context = longest >> PLACE_BITS, longest & (1 << PLACE_BITS) - 1
-    entries = table.entry_starts[context][..., None] + jnp.arange(table.num_successors, dtype=jnp.int32)
-    is_entry = (entries < table.entry_starts[context + 1][..., None]) & (orders > 0)[..., None]
+    bounds = table.entry_starts[context[..., None] + np.arange(2)]
+    entries = bounds[..., :1] + jnp.arange(table.num_successors, dtype=jnp.int32)
+    is_entry = (entries < bounds[..., 1:]) & (orders > 0)[..., None]
+    own = lambda array: _windows(array, bounds[..., 0], table.num_successors)  # noqa: E731
     return Successors(
-        tokens=jnp.where(is_entry, table.tokens[entries], NO_TOKEN),
-        probabilities=jnp.where(is_entry, table.probabilities[entries], 0.0),
+        tokens=jnp.where(is_entry, own(table.tokens), NO_TOKEN),
+        probabilities=jnp.where(is_entry, own(table.probabilities), 0.0),
         orders=orders,
         counts=jnp.where(orders > 0, table.counts[context], 0),
     )
+
+
+def _windows(array: jax.Array, starts: jax.Array, size: int) -> jax.Array:
+    """[..., size]: what stands from each start on."""
+    windows = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(array, start, size))(starts.reshape(-1))
+    return windows.reshape(*starts.shape, size)
 
 
 def join(tables: Sequence[SuccessorTable]) -> SuccessorTable:

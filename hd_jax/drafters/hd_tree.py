@@ -48,7 +48,7 @@ from hd_jax.models.tokenizer import TOKEN_CLASSES
 WEIGHTS = pathlib.Path(__file__).parents[1] / "assets" / "hd_tree.safetensors"
 SUBSETS = ("c", "cm", "cs", "ms", "cms")  # of sources, each with weights of its own
 MATCH_LENGTHS = (1, 2, 3, 4, 6, 8, 12, MAX_MATCH)  # at which counts are taken
-COUNT_BITS, COUNTS_A_WORD = 6, 4  # of an int32; a count is at most the 2 RING places of a text's matches
+COUNT_BITS, COUNTS_A_WORD = 6, 4  # of an int32, which has room for one more; a count is at most the places R of a text
 LOG_COUNTS = np.log(np.arange(1 << COUNT_BITS, dtype=np.float32) + np.float32(0.1))
 # What a source's hit rate is kept for: the context by the length of its longest match, and the two tables.
 HIT_BOUNDS = (1, 3, 6, 10)  # shortest matches of the context's classes
@@ -234,13 +234,14 @@ def _functions(
                 "depths": jnp.full(scores.shape, index + 1),
             }
             nodes = {name: values.reshape(-1) for name, values in nodes.items()}
-            nodes["is_expanded"] = jnp.zeros(scores.size, bool)
+            is_open = nodes["matches"] > 0
             if index < rounds - 1:
                 base, chosen = _best(nodes["scores"], min(width, scores.size))
-                nodes["is_expanded"] = nodes["scores"] >= jnp.min(base)
+                is_open &= nodes["scores"] < jnp.min(base)  # sliced once more, what is best would be found by a whole sort
                 shifted = suffixes[chosen // scores.shape[1], 1:]
                 suffixes = jnp.concatenate([shifted, nodes["tokens"][chosen][:, None]], axis=1)
                 parents = num_pooled + chosen
+            nodes["open_scores"] = jnp.where(is_open, nodes["scores"], -jnp.inf)  # of those that may be prolonged
             levels.append(nodes)
             num_pooled += scores.size
         every = {name: jnp.concatenate([level[name] for level in levels]) for name in levels[0]}
@@ -310,20 +311,22 @@ def candidates(
     tokens = jnp.concatenate([following, answers.tokens.reshape(num_texts, -1), from_rows, no_token], axis=1)
     num_matches, number = following.shape[1], np.arange(tokens.shape[1])
 
-    # What the context says of each token, over the places R that it followed: how many reach each match length, in words of
-    # several counts; the longest match and its latest place; and whether an earlier place holds the token.
+    # What the context says of each token, over the places R that it followed: how many reach each match length, and how many
+    # of its places are earlier ones, in words of several counts; the longest match and its latest place.
     of_context = tokens[:, :, None] == following[:, None]  # [Q, I, R]
     lengths = np.array(MATCH_LENGTHS).reshape(-1, COUNTS_A_WORD, 1)
     reaches = (matches[:, None, None] >= lengths).astype(jnp.int32)  # [Q, 2, 4, R]
     shifts = COUNT_BITS * np.arange(COUNTS_A_WORD, dtype=np.int32)
     words = jnp.sum(reaches << shifts[:, None], axis=2)  # [Q, 2, R]
-    words = jnp.sum(jnp.where(of_context[:, :, None], words[:, None], 0), axis=-1)  # [Q, I, 2]
+    is_earlier = (number[:num_matches] < number[:, None])[:, None]  # [I, 1, R]
+    words = words[:, None] + (is_earlier << COUNT_BITS * COUNTS_A_WORD).astype(np.int32)
+    words = jnp.sum(jnp.where(of_context[:, :, None], words, 0), axis=-1)  # [Q, I, 2]
     counts = (words[..., None] >> shifts & (1 << COUNT_BITS) - 1).reshape(*tokens.shape, -1)  # [Q, I, 8]
     totals = jnp.sum(reaches, axis=-1).reshape(num_texts, -1).astype(jnp.float32)  # [Q, 8]
     rank = matches * (1 << 24) + places % (1 << 24)  # 16 million places: by the match's length, then the latest
     best = jnp.max(jnp.where(of_context, rank[:, None, :], -1), axis=-1, initial=-1)  # [Q, I]
     longest = jnp.where(best >= 0, best >> 24, 0)
-    is_known = jnp.any(of_context & (number[:num_matches] < number[:, None]), axis=-1)
+    is_known = words[..., 0] >> COUNT_BITS * COUNTS_A_WORD > 0
 
     # And the tables and rows, each of which lists a token once.
     by_table = _listed(tokens[:, None], answers.tokens, answers.probabilities)  # [Q, T, I]
@@ -458,8 +461,7 @@ def _best(scores: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array]:
 def _with_tails(prolonged: jax.Array, index: TextIndex, every: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The pool with the likeliest unexpanded nodes of the context's prolonged by what followed their matches."""
     size = index.text.shape[0]
-    is_open = ~every["is_expanded"] & (every["matches"] > 0)
-    scores, starts = _best(jnp.where(is_open, every["scores"], -jnp.inf), TAIL_STARTS)
+    scores, starts = _best(every["open_scores"], TAIL_STARTS)
     ahead = jnp.arange(1, TAIL_LENGTH + 1)
     places = every["places"][starts][:, None] + 1 + ahead  # the node itself stands one behind its match
     matches = jnp.minimum(every["matches"][starts][:, None] + ahead, MAX_MATCH)
