@@ -15,12 +15,17 @@ of a fixed size (FIXED_SIZE), and those whose num_nodes is given, as in hd_tree:
     cold   a drafter knows its databases and the request's own text
     warm   it also remembers earlier answers, in the order of the questions; for methods with an option `remember`
 
+With --timed --shape=llama-2-7b, a model of that shape with random weights does all of its work while the recorded tokens stand
+in for those that it draws: acceptance is that of the recorded answers, and time that of the shape's prefill and steps, on this
+machine (`experiments.timed_replay`). Plain decoding runs beside the methods, and any of them may have an adaptive budget, as in
+hd_tree:budget=adaptive.
+
 A turn of a question is a request like any other. What a drafter has learned about acceptance passes from request to
 request in both, by `Drafter.renew`. Databases are built from the two corpora once and kept in --cache_dir, or come ready
 in a folder, --databases.
 
-A run's folder holds config.json, summary.json, report.md and plots, and in parts/ the turns of each method. A run that was
-stopped goes on when the same command is given again, with the parts that it lacks.
+A run's folder holds config.json, summary.json, report.md and plots, and the turns of each method: in parts/, or of a timed
+replay, in answer files. A run that was stopped goes on when the same command is given again, with what it lacks.
 """
 
 from __future__ import annotations
@@ -43,8 +48,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import program, questions, replay_databases, replay_report, report, run_config, traces
-from experiments.run_config import CONFIG_FILE, Method
+from experiments import program, questions, replay_databases, replay_report, report, run_config, shapes, timed_replay, traces
+from experiments.questions import Question
+from experiments.run_config import BUDGET, CONFIG_FILE, PLAIN, Method
 from experiments.traces import Turn
 from hd_jax import drafters, loop, runner
 from hd_jax.databases import collection
@@ -70,6 +76,7 @@ class Part:
     is_warm: bool
     budget: int | None  # drafted nodes; None for the drafter's own number
     options: dict[str, Any]
+    pass_budget: str | None = None  # of a timed replay: "adaptive"; None where every step verifies all nodes
 
     @property
     def state(self) -> str:
@@ -79,6 +86,11 @@ class Part:
     def file_name(self) -> str:
         size = "" if self.budget is None else f"-budget={self.budget}"
         return f"{self.method.label}{size}-{self.state}.json"
+
+    @property
+    def timed_label(self) -> str:
+        """Names the part in a timed replay, as the main job names methods."""
+        return self.method.label if self.budget is None else f"{self.method.label}-num_nodes={self.budget + 1}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +110,8 @@ class Settings:
     budgets: tuple[int, ...]
     warm: bool
     limit: int | None
+    timed: bool
+    shape: str | None
 
 
 def run(settings: Settings, folder: pathlib.Path) -> str:
@@ -110,6 +124,10 @@ def run(settings: Settings, folder: pathlib.Path) -> str:
       ValueError: bad settings, methods, traces or questions; all but damaged databases before any long work.
       OSError: a file cannot be read or written.
     """
+    if settings.timed != (settings.shape is not None):
+        raise ValueError("--timed and --shape belong together: a timed replay is that of a model's shape")
+    if settings.timed and settings.warm:
+        raise ValueError("--warm: a timed replay remembers no earlier answers")
     parts = plan(settings)
     tokenizer = tokenizers.load(settings.tokenizer, template=settings.template)
     if not tokenizer.has_chat_template:
@@ -117,6 +135,8 @@ def run(settings: Settings, folder: pathlib.Path) -> str:
     asked = questions.read(settings.questions)
     chosen = questions.select(asked, questions.TASKS, settings.limit)
     texts = traces.turns(asked, chosen, traces.read(settings.traces), tokenizer)
+    if settings.shape is not None:
+        timed_replay.check_lengths(shapes.config_of(settings.shape, tokenizer), settings.shape, texts)
     databases = _ready_databases(settings, tokenizer)
     for part in parts:
         _make(part, databases)
@@ -131,8 +151,11 @@ def run(settings: Settings, folder: pathlib.Path) -> str:
             tokenizer,
             pathlib.Path(settings.cache_dir),
         )
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     run_config.write(folder, facts)
+    if settings.shape is not None:
+        return _run_timed(settings.shape, folder, parts, databases, tokenizer, chosen, texts, facts)
+    (folder / "parts").mkdir(exist_ok=True)
     results = []
     with tqdm.tqdm(total=len(parts) * len(texts), unit=" turns", dynamic_ncols=True) as progress:
         for part in parts:
@@ -159,6 +182,46 @@ def run(settings: Settings, folder: pathlib.Path) -> str:
     return replay_report.write(folder, title, results, database_facts, _notes(parts))
 
 
+def _run_timed(
+    shape: str,
+    folder: pathlib.Path,
+    parts: Sequence[Part],
+    databases: Databases,
+    tokenizer: Any,
+    chosen: Sequence[Question],
+    texts: Sequence[Turn],
+    facts: dict[str, Any],
+) -> str:
+    """As `run`, of a timed replay."""
+    contenders = []
+    for part in parts:
+        drafter = jax.block_until_ready(jax.device_put(_make(part, databases)))
+        contenders.append(timed_replay.Contender(part.timed_label, drafter, part.pass_budget))
+    lm = shapes.random_model(shape, tokenizer)
+    stored = timed_replay.run(folder, lm, contenders, chosen, texts, _learned)
+    where = facts["environment"]
+    notes = [
+        f"Not a trained model: {shape} is a shape, its weights are random. It does all of its work (prefill, draft, "
+        "verification, commit), and recorded tokens stand in for those that it draws. So acceptance is that of the record "
+        "with any weights, and time is that of this shape on this device.",
+        f"{len(chosen)} questions, {len(texts)} turns of {facts['flags']['traces']}, {facts['num_tokens']} tokens, equal to "
+        f"the record in every method; {lm.config.dtype}, batch size 1, {facts['model']['num_slots']} cache slots; "
+        f"{where['device']} ({where['num_cpus']} CPU cores), jax {where['jax']}.",
+        "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
+        "What a drafter has learned about acceptance passes from request to request; no answer is remembered.",
+        *_notes(parts),
+    ]
+    title = f"Timed replay: the shape of {shape} with random weights, recorded tokens"
+    rivals = run_config.rivals({part.timed_label: (part.method.drafter, part.pass_budget) for part in parts})
+    return report.write(folder, title, stored, [], notes, rivals)
+
+
+def _learned(drafter: Drafter, texts: Sequence[Turn]) -> Any:
+    """A drafter's state after some texts; of an adaptive budget, as if it had verified all nodes."""
+    *_, last = replayed(drafter, texts)
+    return last.drafter_state
+
+
 def _check_folder(folder: pathlib.Path, facts: dict[str, Any]) -> None:
     """Raises ValueError where the results cannot go: another run is there, or a finished one, or nothing can be written."""
     if (folder / "summary.json").exists():
@@ -172,6 +235,8 @@ def _check_folder(folder: pathlib.Path, facts: dict[str, Any]) -> None:
 def plan(settings: Settings) -> list[Part]:
     """The parts, in the order in which they run. Raises ValueError for a method that there is not, or that needs a model."""
     methods = [run_config.parse_method(text) for text in settings.methods]
+    if settings.timed:
+        methods = [Method(PLAIN, {}), *(method for method in methods if method.label != PLAIN)]
     labels = [method.label for method in methods]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -185,6 +250,9 @@ def plan(settings: Settings) -> list[Part]:
             raise _needs_logits(method)
         known = inspect.signature(drafters.MAKERS[method.drafter]).parameters
         options = dict(method.options)
+        if BUDGET in options and not settings.timed:
+            raise ValueError(f"method {method.label}: a budget goes by the cost of steps, which only a --timed replay has")
+        pass_budget = run_config.budget_of(method.label, options.pop(BUDGET, None))
         if "window" in known and options.setdefault("window", 0) != 0:
             raise ValueError(f"method {method.label}: a window's nodes need the model's logits; replay it with window=0")
         is_fixed = method.drafter in FIXED_SIZE or "num_nodes" not in known or "num_nodes" in options
@@ -196,7 +264,11 @@ def plan(settings: Settings) -> list[Part]:
             state = {"remember": 0} if remembers and not is_warm else {}
             for budget in [None] if is_fixed else settings.budgets:
                 size = {} if budget is None else {"num_nodes": budget + 1}
-                parts.append(Part(method, is_warm, budget, {**options, **state, **size}))
+                parts.append(Part(method, is_warm, budget, {**options, **state, **size}, pass_budget))
+    names = [part.timed_label for part in parts]
+    again = sorted({name for name in names if settings.timed and names.count(name) > 1})
+    if again:
+        raise ValueError(f"--methods and --budgets name {', '.join(again)} twice")
     return parts
 
 
@@ -352,8 +424,13 @@ def _describe(settings: Settings, parts: Sequence[Part], tokenizer: Any, texts: 
         for file in sorted(set(collection.FILES.values())):
             if (named["databases"] / file).is_file():
                 hashes[file] = replay_databases.sha256(named["databases"] / file)
+    model = {}
+    if settings.shape is not None:
+        config = shapes.config_of(settings.shape, tokenizer)
+        model = {"shape": dataclasses.asdict(config), "weights": "random", "num_slots": timed_replay.num_slots(texts)}
     return {
         "flags": given,
+        "model": model,
         "parts": [{"file": part.file_name, "drafter": part.method.drafter, "options": part.options} for part in parts],
         "sha256": hashes,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -391,6 +468,8 @@ def define_flags() -> None:
     flags.DEFINE_list("budgets", ["8", "16", "32", "64"], "Comma list of drafted nodes a step, the root not counted.")
     flags.DEFINE_bool("warm", False, "Also run methods that can remember earlier answers with that memory.")
     flags.DEFINE_integer("limit", None, "Questions of each task, the first ones; by default all.", lower_bound=1)
+    flags.DEFINE_bool("timed", False, "Time the steps of a model of --shape with random weights, beside plain decoding.")
+    flags.DEFINE_enum("shape", None, list(shapes.SHAPES), "Of the model of a timed replay.")
     flags.DEFINE_string("output_dir", None, "Folder for the results; by default results/replay-<date-time>.")
 
 

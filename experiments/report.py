@@ -39,11 +39,12 @@ def summarize(answers: Mapping[str, Sequence[Answer]], plain: str = "none") -> l
       Rows of
         method, task, questions, turns, tokens, steps,
         speedup: mean over questions of tokens per second, over plain decoding's (Spec-Bench's definition),
-        speedup_total: total tokens over total seconds, over plain decoding's,
+        speedup_total: total tokens over total seconds, over plain decoding's; speedup_decode: the same without prefill,
         tokens_per_second: total tokens over total seconds; tokens_per_second_mean: the mean of the questions' rates,
         tokens_per_step: total tokens over total steps, the bonus token included,
         nodes_per_step: draft nodes verified, mean over steps,
-        prefill_ms, decode_ms: sums; draft_us: drafting alone for one step, mean over the answers where it was measured,
+        prefill_ms, decode_ms: sums; ms_per_step: decode_ms over steps,
+        draft_us: drafting alone for one step, mean over the answers where it was measured,
         near_ties, near_ties_per_100k: explained differences from plain decoding, of turns, and per 100,000 tokens,
         pass_sizes: for each of STEP_RANGES, steps by the number of nodes of their pass,
         acceptance: for each source, nodes proposed and accepted by depth, the root's children first.
@@ -90,6 +91,7 @@ def _of_task(answers: Sequence[Answer], task: str) -> list[Answer]:
 def _rates(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]:
     turns = [turn for answer in answers for turn in answer["hd_jax"]["turns"]]
     tokens, steps = _sum(answers, "new_tokens"), _sum(answers, "decoding_steps")
+    decode_ms = _turns_sum(answers, "decode_ms")
     near_ties = sum(not turn["verdict"]["is_equal"] for turn in turns)
     draft_us = [answer["hd_jax"]["draft_us"] for answer in answers if answer["hd_jax"]["draft_us"] is not None]
     return {
@@ -99,12 +101,14 @@ def _rates(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]
         "steps": steps,
         "speedup": _mean_rate(answers) / _mean_rate(plain),
         "speedup_total": _total_rate(answers) / _total_rate(plain),
+        "speedup_decode": tokens / decode_ms * _turns_sum(plain, "decode_ms") / _sum(plain, "new_tokens"),
         "tokens_per_second": _total_rate(answers),
         "tokens_per_second_mean": _mean_rate(answers),
         "tokens_per_step": tokens / steps,
         "nodes_per_step": sum(turn["nodes_per_step"] * turn["steps"] for turn in turns) / steps,
-        "prefill_ms": sum(turn["prefill_ms"] for turn in turns),
-        "decode_ms": sum(turn["decode_ms"] for turn in turns),
+        "prefill_ms": _turns_sum(answers, "prefill_ms"),
+        "decode_ms": decode_ms,
+        "ms_per_step": decode_ms / steps,
         "draft_us": sum(draft_us) / len(draft_us) if draft_us else None,
         "near_ties": near_ties,
         "near_ties_per_100k": 100_000 * near_ties / tokens,
@@ -142,6 +146,10 @@ def regrets(rows: Sequence[dict], rivals: Mapping[str, Sequence[str]]) -> list[d
 
 def _sum(answers: Sequence[Answer], key: str) -> Any:
     return sum(sum(answer["choices"][0][key]) for answer in answers)
+
+
+def _turns_sum(answers: Sequence[Answer], key: str) -> float:
+    return sum(turn[key] for answer in answers for turn in answer["hd_jax"]["turns"])
 
 
 def _total_rate(answers: Sequence[Answer]) -> float:
@@ -201,7 +209,6 @@ def write(
     loops = loop_share(answers["none"])
     grown, regret = growth(answers), regrets(rows, rivals or {})
     summary = {"results": rows, "growth": grown, "skipped": list(skipped), "loop_share": loops, "regret": regret}
-    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     plots = {
         "speedup": _plot_by_task(rows, "speedup"),
         "tokens_per_step": _plot_by_task(rows, "tokens_per_step"),
@@ -226,6 +233,12 @@ def write(
     for caption, note, head, body in tables:
         lines += [f"\n## {caption}\n\n{note}\n", markdown(head, body)]
     for caption, note, grid in (
+        (
+            "Speedup of decoding",
+            "all tokens / all seconds of steps, without prefill, over plain decoding's",
+            _grid(rows, "speedup_decode"),
+        ),
+        ("Time of a step", "milliseconds of decoding over steps, drafting included", _grid(rows, "ms_per_step")),
         ("Nodes a step", "draft nodes verified, mean over steps", _grid(rows, "nodes_per_step")),
         (
             "Draft time",
@@ -239,6 +252,7 @@ def write(
         lines += [f"\n## {caption}\n\n{note}\n", markdown(*grid)]
     lines += ["\n## Plots\n", *(f"![{name}]({name}.png)" for name in plots)]
     write_file(folder / "report.md", "\n".join(lines) + "\n")
+    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     text = [f"{caption} ({note})\n{aligned(head, body)}\n" for caption, note, head, body in tables]
     return "\n".join([*text, *(textwrap.fill(note, TERMINAL_WIDTH) for note in notes)])
 

@@ -10,7 +10,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import questions, report
@@ -18,6 +18,9 @@ from experiments.questions import Question
 
 PLAIN = "none"
 CONFIG_FILE = "config.json"
+BUDGET = "budget"  # a method's option that is not its drafter's
+FIXED = "fixed"
+BUDGETS = (FIXED, "adaptive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,27 @@ def _value(text: str) -> int | float | str:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
+
+
+def budget_of(label: str, value: Any) -> str | None:
+    """The budget that an option or flag names, as `hd_jax` takes it. Raises ValueError for one that there is not."""
+    if value not in (None, *BUDGETS):
+        raise ValueError(f"method {label}: the budget is {' or '.join(BUDGETS)}, not {value!r}")
+    return None if value == FIXED else value
+
+
+def rivals(methods: Mapping[str, tuple[str, str | None]]) -> dict[str, list[str]]:
+    """The methods of fixed budgets with which each one of an adaptive budget is compared: its drafter's, and plain decoding.
+
+    Args:
+      methods: the drafter's name and the budget of each label.
+    """
+    fixed = [label for label, (_, budget) in methods.items() if budget is None]
+    return {
+        label: [other for other in fixed if methods[other][0] in (PLAIN, drafter)]
+        for label, (drafter, budget) in methods.items()
+        if budget is not None
+    }
 
 
 def parse_methods(text: str) -> tuple[str, ...]:

@@ -36,6 +36,17 @@ SHAPES: dict[str, ModelConfig] = {
 }
 
 
+def config_of(name: str, tokenizer: Tokenizer, dtype: str | None = None) -> ModelConfig:
+    """Of a shape; arguments and errors are those of `random_model`."""
+    if name not in SHAPES:
+        raise ValueError(f"there is no shape {name!r}; there are: {', '.join(SHAPES)}")
+    if tokenizer.vocab_size > SHAPES[name].vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but shape {name} has a vocabulary of {SHAPES[name].vocab_size}"
+        )
+    return dataclasses.replace(SHAPES[name], dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
 def random_model(name: str, tokenizer: Tokenizer, *, dtype: str | None = None, mesh: sharding.AnyMesh = None) -> LM:
     """A model of a shape, made on the devices.
 
@@ -48,14 +59,7 @@ def random_model(name: str, tokenizer: Tokenizer, *, dtype: str | None = None, m
     Raises:
       ValueError: there is no such shape, the tokenizer has more ids than its vocabulary, or the mesh does not divide it.
     """
-    if name not in SHAPES:
-        raise ValueError(f"there is no shape {name!r}; there are: {', '.join(SHAPES)}")
-    if tokenizer.vocab_size > SHAPES[name].vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but shape {name} has a vocabulary of {SHAPES[name].vocab_size}"
-        )
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config = dataclasses.replace(SHAPES[name], dtype=dtype, is_fused=mesh is None)
+    config = dataclasses.replace(config_of(name, tokenizer, dtype), is_fused=mesh is None)
     sharding.check(config, mesh)
     model = Llama(config, mesh=mesh)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 2, jnp.ones((1, 1, 1), bool))

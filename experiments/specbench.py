@@ -34,12 +34,9 @@ from absl import flags
 from experiments import answers, program, questions, report, run_config
 from experiments.answers import Answer
 from experiments.questions import Question
-from experiments.run_config import CONFIG_FILE, PLAIN, Method, RunConfig
+from experiments.run_config import BUDGET, BUDGETS, CONFIG_FILE, PLAIN, Method, RunConfig
 
 DEFAULT_METHODS = "none,pld,hd,hd:window=0,hd:window=0:num_nodes=8"
-BUDGET = "budget"  # a method's option that is not its drafter's
-FIXED = "fixed"
-BUDGETS = (FIXED, "adaptive")
 WARM_UP_TEXT = "Say in one sentence what the weather is like on the moon, then count from one to ten."
 WARM_UP_TOKENS = 16
 
@@ -102,7 +99,7 @@ class Bench:
         for method in methods:
             options = dict(method.options)
             default = None if method.label == PLAIN else config.budget
-            self.budgets[method.label] = _budget(method.label, options.pop(BUDGET, default))
+            self.budgets[method.label] = run_config.budget_of(method.label, options.pop(BUDGET, default))
             if config.num_nodes is not None and "num_nodes" in inspect.signature(library.makers[method.drafter]).parameters:
                 options.setdefault("num_nodes", config.num_nodes)
             try:
@@ -272,13 +269,7 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
     if not is_writer:
         return ""
     title = f"Spec-Bench: {facts['model']['name']}, temperature {config.temperature:g}"
-    drafter_of = {method.label: method.drafter for method in methods}
-    fixed = [label for label in drafter_of if bench.budgets[label] is None]
-    rivals = {
-        label: [other for other in fixed if drafter_of[other] in (PLAIN, drafter_of[label])]
-        for label in drafter_of
-        if label not in fixed
-    }
+    rivals = run_config.rivals({method.label: (method.drafter, bench.budgets[method.label]) for method in methods})
     return report.write(folder, title, stored, skipped, _fact_lines(config, facts), rivals)
 
 
@@ -295,13 +286,6 @@ def _claimed(folder: pathlib.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             folder.rmdir()  # refuses if anything is in it
         raise
-
-
-def _budget(label: str, value: Any) -> str | None:
-    """The budget that an option or flag names."""
-    if value not in (None, *BUDGETS):
-        raise ValueError(f"method {label}: the budget is {' or '.join(BUDGETS)}, not {value!r}")
-    return None if value == FIXED else value
 
 
 def _messages(turns: Sequence[str], said: Sequence[str]) -> list[dict[str, str]]:

@@ -52,7 +52,7 @@ class Request(NamedTuple):
     prompt_lengths: jax.Array  # int32[B]
     limits: jax.Array  # int32[B], the length at which a row ends: prompt + max_new_tokens, or the cache's end
     stop_tokens: jax.Array  # int32[B, any], ids that end a text
-    recorded: jax.Array | None = None  # int32[B, S], the whole texts, prompts included, then NO_TOKEN: replaces drawn targets
+    recorded: jax.Array | None = None  # int32[B, any], the whole texts, prompts included, then NO_TOKEN: replaces drawn targets
     costs: jax.Array | None = None  # float32[Z], of a step of each of the settings' sizes
 
 
@@ -181,7 +181,7 @@ def recorded_targets(
     """The token after each node in one row's record, int32[N]; NO_TOKEN after a node that the record does not go through.
 
     Args:
-      recorded: int32[S].
+      recorded: int32[any].
       tree: one row's; its root is recorded[length - 1].
       ancestors: bool[N, N] of the tree.
       depths: int32[N].

@@ -103,6 +103,7 @@ class Row:
     prompt: list[int]
     seed: int
     sample: int = 0
+    recorded: list[int] | None = None  # an answer whose tokens replace those that the model draws; the row ends where it ends
 
 
 @dataclasses.dataclass
@@ -308,18 +309,28 @@ def check_prompt(lm: LM, tokens: Any) -> list[int]:
 
 
 def request_of(lm: LM, rows: Sequence[Row], options: Options) -> loop.Request:
-    """The rows as the loop takes them, [B] each."""
-    stop = list(lm.tokenizer.eos_ids) if options.ends_at_stop_tokens else []
+    """The rows as the loop takes them, [B] each. Raises ValueError where some have a record and others have none."""
+    recorded = None
+    if any(row.recorded is not None for row in rows):
+        recorded = np.full((len(rows), lm.max_context), NO_TOKEN, np.int32)
+        for index, row in enumerate(rows):
+            if row.recorded is None:
+                raise ValueError("either all rows of a batch are recorded, or none")
+            text = [*row.prompt, *row.recorded][: lm.max_context]
+            recorded[index, : len(text)] = text
+    stop = list(lm.tokenizer.eos_ids) if options.ends_at_stop_tokens and recorded is None else []
     return loop.Request(
         sampling=sampling_of(rows, options),
         prompt_lengths=jnp.asarray([len(row.prompt) for row in rows], jnp.int32),
         limits=jnp.asarray([_limit(lm, row, options) for row in rows], jnp.int32),
         stop_tokens=jnp.asarray([stop or [NO_TOKEN]] * len(rows), jnp.int32),
+        recorded=None if recorded is None else jnp.asarray(recorded),
     )
 
 
 def _limit(lm: LM, row: Row, options: Options) -> int:
-    return min(len(row.prompt) + options.max_new_tokens, lm.max_context)
+    num_new = options.max_new_tokens if row.recorded is None else len(row.recorded)
+    return min(len(row.prompt) + num_new, lm.max_context)
 
 
 def sampling_mode(lm: LM, options: Options) -> SamplingMode:

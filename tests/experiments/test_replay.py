@@ -77,6 +77,8 @@ def settings(tmp_path, monkeypatch) -> Settings:
         budgets=(8,),
         warm=False,
         limit=None,
+        timed=False,
+        shape=None,
     )
 
 
