@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from hd_jax import draft_tree
+from hd_jax import draft_tree, ranking
 from hd_jax.databases import successor_table
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.successor_table import Successors, SuccessorTable
@@ -236,7 +236,7 @@ def _functions(
             nodes = {name: values.reshape(-1) for name, values in nodes.items()}
             is_open = nodes["matches"] > 0
             if index < rounds - 1:
-                base, chosen = _best(nodes["scores"], min(width, scores.size))
+                base, chosen = ranking.top_k(nodes["scores"], min(width, scores.size))
                 is_open &= nodes["scores"] < jnp.min(base)  # sliced once more, what is best would be found by a whole sort
                 shifted = suffixes[chosen // scores.shape[1], 1:]
                 suffixes = jnp.concatenate([shifted, nodes["tokens"][chosen][:, None]], axis=1)
@@ -448,20 +448,10 @@ def network(net: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(net, features, cpu=in_parts, default=at_once)
 
 
-def _best(scores: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array]:
-    """top_k: on a GPU with room for it, since from 1024 scores on it is one kernel, of fewer a copy and a sort."""
-    room = max(1024 - scores.shape[0], 0)
-    return jax.lax.platform_dependent(
-        scores,
-        cpu=lambda x: jax.lax.top_k(x, num_best),
-        default=lambda x: jax.lax.top_k(jnp.pad(x, (0, room), constant_values=-jnp.inf), num_best),
-    )
-
-
 def _with_tails(prolonged: jax.Array, index: TextIndex, every: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The pool with the likeliest unexpanded nodes of the context's prolonged by what followed their matches."""
     size = index.text.shape[0]
-    scores, starts = _best(every["open_scores"], TAIL_STARTS)
+    scores, starts = ranking.top_k(every["open_scores"], TAIL_STARTS)
     ahead = jnp.arange(1, TAIL_LENGTH + 1)
     places = every["places"][starts][:, None] + 1 + ahead  # the node itself stands one behind its match
     matches = jnp.minimum(every["matches"][starts][:, None] + ahead, MAX_MATCH)
@@ -482,7 +472,7 @@ def _likeliest(root: jax.Array, every: dict[str, jax.Array], min_probability: fl
     floor = np.log(min_probability) if min_probability else -np.inf
     scores = jnp.where(every["scores"] > floor, every["scores"] - 1e-4 * every["depths"], -jnp.inf)
     short = max(num_nodes - 1 - scores.shape[0], 0)
-    best, chosen = jax.lax.top_k(jnp.pad(scores, (0, short), constant_values=-jnp.inf), num_nodes - 1)
+    best, chosen = ranking.top_k(jnp.pad(scores, (0, short), constant_values=-jnp.inf), num_nodes - 1)
     is_used = best > -jnp.inf
     chosen = jnp.minimum(chosen, scores.shape[0] - 1)
     index = (

@@ -134,16 +134,18 @@ def _pushed(
     """The rings after int32[P] new places in their order, those that are new, each in its int32[2, P] buckets."""
     num_buckets = fills.shape[0]
     buckets = jnp.where(is_new, buckets, num_buckets).reshape(-1)
-    by_bucket = jnp.argsort(buckets, stable=True)
-    buckets = buckets[by_bucket]
-    # A loop of binary searches is slow for the few places of a step, comparing all with all for those of a prompt.
-    search = functools.partial(jnp.searchsorted, buckets, buckets, method="compare_all" if len(buckets) < 128 else "scan")
-    first = search(side="left")
-    num_same = search(side="right") - first
-    rank = jnp.arange(len(buckets)) - first
+    new = jnp.tile(new, 2)
+    if len(buckets) < 128:  # the few of a step: all are compared with all
+        is_same = buckets[:, None] == buckets
+        rank, num_same = jnp.sum(jnp.tril(is_same, -1), axis=1), jnp.sum(is_same, axis=1)
+    else:
+        by_bucket = jnp.argsort(buckets, stable=True)
+        buckets, new = buckets[by_bucket], new[by_bucket]
+        first = jnp.searchsorted(buckets, buckets, side="left")
+        rank, num_same = jnp.arange(len(buckets)) - first, jnp.searchsorted(buckets, buckets, side="right") - first
     slots = (fills[jnp.minimum(buckets, num_buckets - 1)] + rank) % RING
     is_kept = rank >= num_same - RING  # one that the same call overwrites is not written
     return (
-        places.at[jnp.where(is_kept, buckets, num_buckets), slots].set(jnp.tile(new, 2)[by_bucket], mode="drop"),
+        places.at[jnp.where(is_kept, buckets, num_buckets), slots].set(new, mode="drop"),
         fills.at[buckets].add(1, mode="drop"),
     )
