@@ -146,6 +146,12 @@ def advance(state: State, sizes: Sequence[int], costs: jax.Array, tokens: jax.Ar
     return State(gains, chosen.astype(jnp.int32), wait, next_wait, watched)
 
 
+def without_rows(state: State, rows: jax.Array) -> State:
+    """The state when other texts have taken the places of some rows: int32[any], those out of range do not count."""
+    lengths = state.watched.lengths.at[rows].set(NOTHING_WATCHED, mode="drop")
+    return state._replace(watched=state.watched._replace(lengths=lengths))
+
+
 def _steps(wait: jax.Array | int, cost: jax.Array, costs: jax.Array) -> jax.Array:
     """int32[]: steps of size 1, at least one, that take `wait` times as long as a step of some cost takes more than they do."""
     return jnp.maximum(jnp.ceil(wait * (cost / costs[0] - 1)), 1).astype(jnp.int32)

@@ -63,7 +63,7 @@ def load(
       dtype: "float32" or "bfloat16", of parameters and cache; by default the folder's, but float32 on CPU.
       max_context: tokens of prompt and answer together; at most, and by default, what the model's config allows.
       mesh: of the devices that parameters and cache are split over: "data=2,model=4", such a dictionary, or a jax Mesh
-        (see `sharding.make_mesh`); None for one device. Batches must then be a multiple of `data`.
+        (see `sharding.make_mesh`); None for one device. Sizes of batches must then be multiples of `data`.
 
     Raises:
       ValueError: there is no such model, it is not one that can be run, there is no such mesh, or it does not divide the
@@ -119,13 +119,14 @@ def generate(
     loop: str = "device",
     exact: bool = False,
     budget: str | Mapping[int, float] | None = None,
+    batch_size: int | None = None,
 ) -> Any:
     """Generates text; the same tokens with every drafter.
 
     Args:
       lm: the model.
       prompt: a text (a user's message where the tokenizer has a chat template), chat messages or token ids; or a list
-        of such prompts, which are decoded as one batch.
+        of such prompts, which are decoded as a batch.
       drafter: a method's name, a Drafter, or None for plain decoding.
       num_nodes: size of the drafted trees, the root included, for a drafter given by name; None for the method's own.
       max_new_tokens: ends with finish reason "length".
@@ -142,6 +143,8 @@ def generate(
         node included, by what they have earned in this text and by what they cost here; the costs are measured when a
         program first runs, and kept in JAX's compilation cache. Or these costs by hand, in any unit: {1: 1.7, 4: 2.2, 16: 4.1};
         sizes beyond the drafter's number of nodes are left out. Without effect in exact mode, where every pass has one width.
+      batch_size: texts decoded together at most; None for all of them. Further ones wait, and take the places of those that end
+        (continuous batching).
 
     Returns:
       A Result; a list of `num_samples` for num_samples > 1; a list of these for a list of prompts.
@@ -165,11 +168,13 @@ def generate(
     prompts = [encode_prompt(lm, p) for p in (list(prompt) if is_batch else [prompt])]
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     seeds = [int(seed)] * len(prompts) if isinstance(seed, int | np.integer) else [int(s) for s in seed]
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
     rows = [Row(p, s % 2**32, i) for p, s in zip(prompts, seeds, strict=True) for i in range(num_samples)]
-    *_, last = runner.run(lm, chosen, rows, options)
+    *_, last = runner.run(lm, chosen, rows, options, batch_size=batch_size)
     results = last.results
     grouped = [results[i : i + num_samples] for i in range(0, len(results), num_samples)]
     unwrapped = [group if num_samples > 1 else group[0] for group in grouped]

@@ -128,26 +128,31 @@ def _shown(result: Result, position: int) -> str:
 def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text: Sequence[int]) -> np.ndarray:
     """Logits float32[V] after the last token of `text`, by passes of `width` nodes from the prompt on, as decoding runs them.
 
-    The text stands in every row of a batch of `num_rows`.
+    The text stands in every row of a batch of `num_rows`, after a prefill of one row a part of the mesh.
 
     Each pass is a chain of the text's next tokens; the last one ends with the text, so that its last node is the one asked for.
     """
-    slots = runner.num_slots(len(text) + 1)
-    buffer = np.zeros((num_rows, slots + width), np.int32)
+    mesh, slots = lm.model.mesh, runner.num_slots(len(text) + 1)
+    num_parts = sharding.num_row_parts(mesh)
+    buffer = np.zeros((num_parts, slots + width), np.int32)
     buffer[:, : len(text)] = text
-    tokens = sharding.put(jnp.asarray(buffer), sharding.by_rows(lm.model.mesh))
-    cache = empty_cache(lm.config, num_rows, slots, lm.model.mesh)
+    tokens = sharding.put(jnp.asarray(buffer), sharding.by_rows(mesh))
+    cache = empty_cache(lm.config, num_parts, slots, mesh)
     num_chunks = -(-(len(prompt) - 1) // runner.PREFILL_CHUNK)
     cache = loop.prefill(
         lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.PREFILL_CHUNK
     )
-    first = len(prompt) - 1
-    return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, jnp.int32(first), jnp.int32(len(text)), width=width))
+    span = (jnp.int32(len(prompt) - 1), jnp.int32(len(text)))
+    part_size = num_rows // num_parts
+    return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, *span, width=width, part_size=part_size))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "width"))
-def _chain_logits(model: Llama, params, cache, tokens: jax.Array, first: jax.Array, end: jax.Array, *, width: int) -> jax.Array:
-    """Feeds tokens[first:end] in chains of at most `width` nodes; the logits after the last."""
+@functools.partial(jax.jit, static_argnames=("model", "width", "part_size"))
+def _chain_logits(
+    model: Llama, params, cache, tokens: jax.Array, first: jax.Array, end: jax.Array, *, width: int, part_size: int
+) -> jax.Array:
+    """Feeds tokens[first:end], one row a part, in chains of at most `width` nodes to a batch of copies; the last logits."""
+    cache, tokens = sharding.repeated((cache, tokens), part_size, model.mesh)
     num_rows = tokens.shape[0]
     chain = jnp.tril(jnp.ones((1, width, width), bool))
 

@@ -112,7 +112,17 @@ def write_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
     return tuple((write(k, nk), write(v, nv)) for (k, v), (nk, nv) in zip(cache, rows, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk_size"), donate_argnames="cache")
+def _apply(model: Llama, params: Any, inputs: tuple, is_exact: bool, method: str | None = None) -> Any:
+    """A pass of the model; in exact mode with attention sums in float64, and nothing fused across its edge."""
+    if not is_exact:
+        return model.apply({"params": params}, *inputs, method=method)
+    inputs = jax.lax.optimization_barrier(inputs)
+    with jax.enable_x64(True):
+        out = model.apply({"params": params}, *inputs, accumulate_dtype=jnp.float64, method=method)
+    return jax.lax.optimization_barrier(out)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk_size", "is_exact"), donate_argnames="cache")
 def prefill(
     model: Llama,
     params: Any,
@@ -122,6 +132,7 @@ def prefill(
     num_chunks: jax.Array,
     *,
     chunk_size: int,
+    is_exact: bool = False,
 ) -> Cache:
     """Fills the cache (donated) with `num_chunks` chunks of tokens from slot `first` on, all rows alike.
 
@@ -133,6 +144,7 @@ def prefill(
       first: int32[], first slot to fill.
       num_chunks: int32[]; 0 compiles and does nothing. first + num_chunks * chunk_size must not exceed S.
       chunk_size: static.
+      is_exact: static; attention sums in float64, so that they do not depend on S.
 
     Returns:
       The cache. Slots of a chunk beyond a row's prompt hold garbage that decoding overwrites before it reads it.
@@ -145,7 +157,7 @@ def prefill(
         piece = jax.lax.dynamic_slice(tokens, (0, start), (num_rows, chunk_size))
         positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
         starts = jnp.broadcast_to(start, num_rows)
-        out: Any = model.apply({"params": params}, piece, positions, mask, cache, starts, method="hidden")
+        out: Any = _apply(model, params, (piece, positions, mask, cache, starts), is_exact, method="hidden")
         return sharding.constrain(write_rows(cache, out[1], starts), cache_sharding(model.config, model.mesh))
 
     return jax.lax.fori_loop(0, num_chunks, body, cache)
@@ -156,14 +168,21 @@ def _contexts(request: Request, state: State, host: Any) -> Context:
 
 
 def verification_pass(model: Llama, params: Any, tree, ancestors, depths, state: State, is_exact: bool):
-    """Logits float32[B, N, V] of the nodes of every row's tree, and their keys and values; the cache is read only."""
+    """Logits float32[B, N, V] of the nodes of every row's tree, and their keys and values; the cache is read only.
+
+    In exact mode one row of each part of the mesh runs at a time, so that a row's bits do not depend on the batch's size.
+    """
     inputs = (tree.tokens, state.lengths[:, None] - 1 + depths, ancestors, state.cache, state.lengths - 1)
     if not is_exact:
-        return model.apply({"params": params}, *inputs)
-    inputs = jax.lax.optimization_barrier(inputs)
-    with jax.enable_x64(True):
-        out = model.apply({"params": params}, *inputs, accumulate_dtype=jnp.float64)
-    return jax.lax.optimization_barrier(out)
+        return _apply(model, params, inputs, is_exact)
+    num_rows, num_parts = state.lengths.size, sharding.num_row_parts(model.mesh)
+
+    def one_a_part(index: jax.Array):
+        rows = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:])[:, index], inputs)
+        return _apply(model, params, rows, is_exact)
+
+    out = jax.lax.map(one_a_part, jnp.arange(num_rows // num_parts))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(num_rows, *x.shape[2:]), out)
 
 
 def refresh(drafter: Drafter, request: Request, state: State) -> Any:
@@ -384,21 +403,23 @@ def run_steps(
     host: Any,
     state: State,
     max_steps: jax.Array,
+    min_rows: jax.Array,
     *,
     sync_every: int,
 ) -> tuple[State, Record]:
-    """Up to `max_steps` steps (at most `sync_every`, static) with no host in between; ends when all rows have ended.
+    """Up to `max_steps` steps (at most `sync_every`, static) with no host in between, while `min_rows` rows have not ended.
 
     With an adaptive budget it ends as well before a draft for which the host must be asked again.
 
-    The state is donated. `max_steps` 0 compiles and does nothing.
+    The state is donated. `max_steps` 0 compiles and does nothing. `min_rows` 1 goes on until all rows have ended; B, until one
+    has, whose place another text can take (`admit`).
     """
     shape = (state.tokens.shape[0], sync_every)
     record = Record(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(sync_every, jnp.int32))
 
     def is_going_on(carry) -> jax.Array:
         index, state, _ = carry
-        is_left = (index < jnp.minimum(max_steps, sync_every)) & ~jnp.all(state.is_finished)
+        is_left = (index < jnp.minimum(max_steps, sync_every)) & (jnp.sum(~state.is_finished) >= min_rows)
         if drafter.refresh is not None and state.budget is not None:
             is_left &= (index == 0) | (state.budget.chosen == 0)
         return is_left
@@ -417,6 +438,36 @@ def run_steps(
 
     _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
     return state, record
+
+
+@functools.partial(jax.jit, static_argnames=("model", "part_size"))
+def widened(model: Llama, state: State, *, part_size: int) -> State:
+    """The state of a batch whose places are all free, from one of one row a part of the mesh; neither has a budget.
+
+    The row stands in all `part_size` (static) places of its part, and has ended in each.
+    """
+    state = sharding.repeated(state, part_size, model.mesh)
+    return _pinned(model, state._replace(is_finished=jnp.ones_like(state.is_finished)))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def admit(model: Llama, state: State, new: State, places: jax.Array) -> State:
+    """The state (donated) with new rows, one a part of the mesh, in the places of rows that have ended.
+
+    Args:
+      model: static.
+      state: of B rows.
+      new: of one row a part, before its first step; without a budget.
+      places: int32[parts], of each new row within its part; one out of range leaves the part as it is.
+    """
+
+    def put(rows: State, row: State, place: jax.Array) -> State:
+        return jax.tree.map(lambda old, new: old.at[place[0]].set(new[0], mode="drop"), rows, row)
+
+    rows = sharding.within_parts(put, model.mesh)(state._replace(budget=None), new, places)
+    if state.budget is not None:  # which one device has, so one part
+        rows = rows._replace(budget=budget.without_rows(state.budget, places))
+    return _pinned(model, rows)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -438,7 +489,7 @@ def start(
     *,
     mesh: sharding.AnyMesh = None,
 ) -> State:
-    """The state before the first step; the cache holds all prompt tokens but the last of each row.
+    """The state before the first step, without a budget; the cache holds all prompt tokens but the last of each row.
 
     Steps donate their state: what the caller keeps besides is copied.
     """
@@ -457,5 +508,11 @@ def start(
         drafter=drafter_state,
         counts=full((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), 0, jnp.int32),
         logprobs=logprobs,
-        budget=None if request.costs is None else budget.start(settings.sizes, request.costs, num_rows, drafter.num_nodes),
     )
+
+
+def with_budget(state: State, settings: StepSettings, costs: jax.Array | None, num_nodes: int) -> State:
+    """The state with an adaptive budget that has learned nothing yet, for trees of `num_nodes`; as it is without costs."""
+    if costs is None:
+        return state
+    return state._replace(budget=budget.start(settings.sizes, costs, state.lengths.size, num_nodes))

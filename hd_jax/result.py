@@ -29,9 +29,11 @@ class Result:
       sources: per token, the database that drafted it, or "not drafted".
       source_counts: per source, {"proposed": [...], "accepted": [...]} nodes by depth, depth 1 first; of all steps that
         ran, those that a stop string then cut off included.
-      compile_ms: spent on compilation, in none of the other times.
-      prefill_ms: of the prompt, the drafter's start included; for a batch, of all rows together.
-      decode_ms: of all steps; for a batch, of all rows together.
+      compile_ms: spent on compilation, in none of the other times; of the whole call.
+      prefill_ms: of the prompt, the drafter's start included. Rows that a mesh prefills at the same time share it equally.
+      decode_ms: from there to the row's end; in a batch, what was done for other rows meanwhile included.
+      share_ms: the row's prefill_ms, and of every step's time an equal share with the rows that were decoded together: sums
+        over the rows of a call to the call's time, where prefill_ms + decode_ms is what one row takes.
       logprobs: per token, (log-probability of the token, {token id: log-probability} of the likeliest); empty unless asked for.
     """
 
@@ -47,6 +49,7 @@ class Result:
     compile_ms: float
     prefill_ms: float
     decode_ms: float
+    share_ms: float
     logprobs: list[tuple[float, dict[int, float]]] = dataclasses.field(default_factory=list)
     tokenizer: Tokenizer | None = dataclasses.field(default=None, repr=False, compare=False)  # for display
 
@@ -69,7 +72,7 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens over the seconds of prefill and steps, compilation not counted."""
+        """Generated tokens over the seconds of prefill and decoding, compilation not counted; of a batch, this row's alone."""
         return len(self.tokens) / max((self.prefill_ms + self.decode_ms) / 1e3, 1e-9)
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import time
@@ -111,9 +112,24 @@ class Progress:
     """A run after a dispatch. The next dispatch takes `state` over: only the last one's stays valid."""
 
     tokens: list[list[int]]  # generated so far, per row
-    is_finished: list[bool]
     state: loop.State
     results: list[Result]  # of all rows with the last dispatch; empty before
+
+
+@dataclasses.dataclass(eq=False)
+class _Text:
+    """What the host knows of a row."""
+
+    row: Row
+    tokens: list[int] = dataclasses.field(default_factory=list)  # generated, up to the end of a stop string
+    accept_lengths: list[int] = dataclasses.field(default_factory=list)  # of each step, as the next two
+    num_nodes: list[int] = dataclasses.field(default_factory=list)
+    pass_sizes: list[int] = dataclasses.field(default_factory=list)
+    is_stopped: bool = False  # by a stop string
+    prefill_ms: float = 0.0  # this and the next two as in a Result
+    decode_ms: float = 0.0
+    share_ms: float = 0.0
+    result: Result | None = None  # once it has ended
 
 
 def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
@@ -147,22 +163,27 @@ def run(
     rows: Sequence[Row],
     options: Options,
     *,
+    batch_size: int | None = None,
     sync_every: int = SYNC_EVERY,
     kept_cache: Cache | None = None,
     num_cached: int = 0,
     kept_drafter_state: Any = None,
 ) -> Iterator[Progress]:
-    """Decodes the rows as one batch: yields Progress after every dispatch of steps, the last one with the Results.
+    """Decodes the rows in one batch: yields Progress after every dispatch of steps, the last one with the Results.
+
+    Rows that find no place in the batch wait. As soon as one has ended, the next takes its place (continuous batching): its
+    prompt is read alone, on a mesh beside one of each other part, and then copied in. No program is compiled for that.
 
     Args:
       lm: the model.
       drafter: the method.
-      rows: their prompts must be checked (`check_prompt`). On a mesh, axis `data` must divide their number.
+      rows: their prompts must be checked (`check_prompt`).
       options: for all rows.
+      batch_size: rows decoded together at most; None for all. On a mesh, axis `data` must divide it.
       sync_every: steps a dispatch; one with loop="host". For a drafter that needs the host, a dispatch ends before a draft.
-      kept_cache: of one row, that holds the keys and values of the prompt's first `num_cached` tokens; donated.
+      kept_cache: for a single row, holds the keys and values of the prompt's first `num_cached` tokens; donated.
       num_cached: at most the prompt's length less one.
-      kept_drafter_state: of an earlier request, for the drafter to renew.
+      kept_drafter_state: of an earlier request of a single row, for the drafter to renew.
     """
     if drafter.max_depth + 1 > RESERVE:
         raise ValueError(f"drafter {drafter.name} is {drafter.max_depth} deep; at most {RESERVE - 1} is possible")
@@ -173,20 +194,21 @@ def run(
     mesh = lm.model.mesh
     if options.budget is not None and mesh is not None:
         raise ValueError("a budget is for one device; on a mesh every step verifies all nodes: leave it out")
-    sharding.check_rows(len(rows), sharding.num_row_parts(mesh))
+    if batch_size is None:
+        batch_size = len(rows)
+    num_parts = sharding.num_row_parts(mesh)
+    sharding.check_rows(batch_size, num_parts)
+    part_size = -(-min(batch_size, len(rows)) // num_parts)
+    num_places = num_parts * part_size
+    is_replaced = num_places == 1 or len(rows) == num_parts  # an admission fills all places, so it makes the state anew
     by_rows = sharding.by_rows(mesh)
     drafter = sharding.put(drafter, sharding.replicated(mesh))
-    lengths = [len(row.prompt) for row in rows]
     slots = num_slots(max(_limit(lm, row, options) for row in rows))
-    cache = empty_cache(lm.config, len(rows), slots, mesh) if kept_cache is None else kept_cache
+    cache = empty_cache(lm.config, num_parts, slots, mesh) if kept_cache is None else kept_cache
     room = cache[0][0].shape[2]
     if room < slots:
         cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - room), (0, 0))), cache)
     slots = max(room, slots)
-    buffer = np.zeros((len(rows), slots), np.int32)
-    for index, row in enumerate(rows):
-        buffer[index, : len(row.prompt)] = row.prompt
-    request = sharding.put(request_of(lm, rows, options), by_rows)
     sizes = pass_sizes(drafter, options)
     is_adaptive = len(sizes) > 1
     settings = loop.StepSettings(
@@ -196,95 +218,134 @@ def run(
         width=EXACT_WIDTH if options.exact else 0,
         sizes=sizes if is_adaptive else (),
     )
+    costs = None
     if is_adaptive:
-        costs = [options.budget[size] for size in sizes] if isinstance(options.budget, Mapping) else [1.0] * len(sizes)
-        request = request._replace(costs=jnp.asarray(costs, jnp.float32))
+        given = [options.budget[size] for size in sizes] if isinstance(options.budget, Mapping) else [1.0] * len(sizes)
+        costs = jnp.asarray(given, jnp.float32)
     if options.loop == "host" or (drafter.refresh is not None and not is_adaptive):
         sync_every = 1
-    tokens = sharding.put(jnp.asarray(buffer), by_rows)
-    num_chunks = -(-(max(lengths) - 1 - num_cached) // PREFILL_CHUNK)
 
-    def fill(cache: Cache, num_chunks: int) -> Cache:
-        return loop.prefill(
-            lm.model, lm.params, cache, tokens, jnp.int32(num_cached), jnp.int32(num_chunks), chunk_size=PREFILL_CHUNK
-        )
+    def request_for(texts: Sequence[_Text]) -> loop.Request:
+        return sharding.put(request_of(lm, [text.row for text in texts], options), by_rows)
 
-    def arguments(request: loop.Request, state: loop.State, max_steps: int) -> tuple:
+    def started(cache: Cache, texts: Sequence[_Text], num_chunks: int) -> loop.State:
+        """The state of one row a part before the first step; so many chunks of its prompt are read into the cache (donated)."""
+        buffer = np.zeros((num_parts, slots), np.int32)
+        for row, text in zip(buffer, texts, strict=True):
+            row[: len(text.row.prompt)] = text.row.prompt
+        request, tokens = request_for(texts), sharding.put(jnp.asarray(buffer), by_rows)
+        span = (jnp.int32(num_cached), jnp.int32(num_chunks))
+        cache = loop.prefill(lm.model, lm.params, cache, tokens, *span, chunk_size=PREFILL_CHUNK, is_exact=options.exact)
+        drafter_state = loop.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
+        return loop.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
+
+    def admitted(state: loop.State, new: loop.State, places: Sequence[int]) -> loop.State:
+        """The state with the new rows, each at a place of its part."""
+        if is_replaced:
+            return loop.with_budget(new, settings, costs, drafter.num_nodes)
+        return loop.admit(lm.model, state, new, sharding.put(jnp.asarray(places, jnp.int32), by_rows))
+
+    def arguments(request: loop.Request, state: loop.State, max_steps: int, min_rows: int) -> tuple:
         host = sharding.put(loop.refresh(drafter, request, state), by_rows)
-        return lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps)
+        return lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), jnp.int32(min_rows)
 
-    def dispatch(request: loop.Request, state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
-        return loop.run_steps(*arguments(request, state, max_steps), sync_every=sync_every)
+    def dispatch(request: loop.Request, state: loop.State, max_steps: int, min_rows: int = 1) -> tuple[loop.State, loop.Record]:
+        return loop.run_steps(*arguments(request, state, max_steps, min_rows), sync_every=sync_every)
 
-    def init() -> Any:
-        return loop.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
-
+    texts = [_Text(row) for row in rows]
+    filler, nowhere = texts[0], [part_size] * num_parts  # stands in free places, and for parts where no row is admitted
     clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
-    cache = fill(cache, 0)
-    state = loop.start(drafter, request, cache, tokens, init(), settings, mesh=mesh)
+    request = request_for([filler] * num_places)._replace(costs=costs)
+    new = started(cache, [filler] * num_parts, 0)
+    state = new if is_replaced else loop.widened(lm.model, new, part_size=part_size)
+    state = loop.with_budget(state, settings, costs, drafter.num_nodes)
     if is_adaptive and options.budget == "adaptive":
-        program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0), sync_every=sync_every)
+        program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
         key = (lm.model, settings, sync_every, _shape_key((drafter, request, state)))
         if key not in _step_costs:
             _step_costs[key], state = step_costs.of_program(program, dispatch, request, state, sizes)
-        request = request._replace(costs=jnp.asarray(_step_costs[key], jnp.float32))
-        state = loop.start(drafter, request, state.cache, tokens, state.drafter, settings, mesh=mesh)
-    state, record = dispatch(request, state, 0)
+            state = state._replace(is_finished=jnp.ones_like(state.is_finished))
+        costs = jnp.asarray(_step_costs[key], jnp.float32)
+        request, state = request._replace(costs=costs), loop.with_budget(state, settings, costs, drafter.num_nodes)
+    if not is_replaced:
+        state = admitted(state, new, nowhere)
+    state, _ = dispatch(request, state, 0)
     jax.block_until_ready(state)
     compile_ms, clock = _lap(clock)
-    state = state._replace(cache=fill(state.cache, num_chunks), drafter=init())
-    jax.block_until_ready(state)
-    prefill_ms, clock = _lap(clock)
 
-    accept_lengths: list[list[int]] = [[] for _ in rows]
-    num_nodes: list[list[int]] = [[] for _ in rows]  # of each step
-    sizes_run: list[list[int]] = [[] for _ in rows]  # of each step's pass
-    stopped_at: list[int | None] = [None] * len(rows)  # generated tokens up to the end of a stop string
-    decode_ms = 0.0
-    is_done = False
-    while not is_done:
-        state, record = dispatch(request, state, sync_every)
+    waiting = collections.deque(texts)
+    batch: list[_Text | None] = [None] * num_places
+    while waiting or any(batch):
+        while waiting and None in batch:
+            entering, places = [filler] * num_parts, list(nowhere)
+            taken = _seat(waiting, batch, part_size)
+            for place, text in taken.items():
+                part, places[part] = divmod(place, part_size)
+                entering[part] = text
+            longest = max(len(text.row.prompt) for text in taken.values())
+            num_chunks = -(-(longest - 1 - num_cached) // PREFILL_CHUNK)
+            new = started(state.cache if is_replaced else new.cache, entering, num_chunks)
+            state = admitted(state, new, places)
+            request = request_for([text or filler for text in batch])._replace(costs=costs)
+            jax.block_until_ready(state)
+            lap_ms, clock = _lap(clock)
+            for place, text in _texts(batch):
+                if place in taken:
+                    text.prefill_ms = lap_ms / len(taken)
+                    text.share_ms += lap_ms / len(taken)
+                else:
+                    text.decode_ms += lap_ms
+
+        state, record = dispatch(request, state, sync_every, num_places if waiting else 1)
         appended, nodes, run_sizes = (sharding.fetch(values) for values in record)
-        for index in range(len(rows)):
-            accept_lengths[index] += appended[index][appended[index] > 0].tolist()
-            num_nodes[index] += nodes[index][appended[index] > 0].tolist()
-            sizes_run[index] += run_sizes[appended[index] > 0].tolist()
-        generated = _generated(state, lengths)
-        is_finished = sharding.fetch(state.is_finished)
+        tokens, lengths, is_finished = (sharding.fetch(x) for x in (state.tokens, state.lengths, state.is_finished))
+        ended = []
+        for place, text in _texts(batch):
+            is_step = appended[place] > 0
+            text.accept_lengths += appended[place][is_step].tolist()
+            text.num_nodes += nodes[place][is_step].tolist()
+            text.pass_sizes += run_sizes[is_step].tolist()
+            text.tokens = tokens[place, len(text.row.prompt) : lengths[place]].tolist()
+            end = _find_stop(lm.tokenizer, text.tokens, options.stop) if options.stop else None
+            if end is not None:
+                text.tokens, text.is_stopped = text.tokens[:end], True
+            if is_finished[place] or text.is_stopped:
+                ended.append(place)
         if options.stop:
-            for index, ids in enumerate(generated):
-                if stopped_at[index] is None:
-                    stopped_at[index] = _find_stop(lm.tokenizer, ids, options.stop)
-            is_finished = is_finished | np.array([end is not None for end in stopped_at])
+            is_finished = is_finished | np.isin(np.arange(num_places), ended)
             state = state._replace(is_finished=sharding.put(jnp.asarray(is_finished), by_rows))
-            generated = [ids[:end] for ids, end in zip(generated, stopped_at, strict=True)]
-        is_done = bool(np.all(is_finished))
-        decode_ms += _lap(clock)[0]
-        results = []
-        if is_done:
-            times = (compile_ms, prefill_ms, decode_ms)
-            logprobs = jax.tree.map(sharding.fetch, state.logprobs)
-            sources, counts = sharding.fetch(state.sources), sharding.fetch(state.counts)
-            for index, (row, start) in enumerate(zip(rows, lengths, strict=True)):
-                results.append(
-                    _result(
-                        lm,
-                        drafter,
-                        row,
-                        generated[index],
-                        stopped_at[index] is not None,
-                        options,
-                        accept_lengths[index],
-                        num_nodes[index],
-                        sizes_run[index],
-                        sources[index, start:],
-                        counts[index],
-                        jax.tree.map(lambda x, i=index, start=start: x[i, start:], logprobs),
-                        times,
-                    )
-                )
-        yield Progress(generated, [bool(x) for x in is_finished], state, results)
-        clock = time.perf_counter()
+        lap_ms, clock = _lap(clock)
+        active = _texts(batch)
+        for _, text in active:
+            text.decode_ms += lap_ms
+            text.share_ms += lap_ms / len(active)
+        kept = (state.sources, state.counts, state.logprobs)
+        fetched = jax.tree.map(sharding.fetch, kept) if ended else kept
+        for place in ended:
+            text, batch[place] = batch[place], None
+            assert text is not None
+            of_row = jax.tree.map(lambda x, place=place: x[place], fetched)
+            text.result = _result(lm, drafter, options, text, of_row, compile_ms)
+        is_done = not waiting and not any(batch)
+        results = [text.result for text in texts if text.result] if is_done else []
+        paused = time.perf_counter()
+        yield Progress([text.tokens for text in texts], state, results)
+        clock += time.perf_counter() - paused  # what the caller did in between is no part of the decoding
+
+
+def _texts(batch: Sequence[_Text | None]) -> list[tuple[int, _Text]]:
+    """The texts of a batch, each with its place."""
+    return [(place, text) for place, text in enumerate(batch) if text is not None]
+
+
+def _seat(waiting: collections.deque[_Text], batch: list[_Text | None], part_size: int) -> dict[int, _Text]:
+    """Gives texts that wait free places of the batch, at most one in each part; the places taken."""
+    taken = {}
+    for start in range(0, len(batch), part_size):
+        free = [place for place in range(start, start + part_size) if batch[place] is None]
+        if free and waiting:
+            taken[free[0]] = batch[free[0]] = waiting.popleft()
+    return taken
 
 
 def check_prompt(lm: LM, tokens: Any) -> list[int]:
@@ -361,11 +422,6 @@ def _lap(since: float) -> tuple[float, float]:
     return (now - since) * 1e3, now
 
 
-def _generated(state: loop.State, lengths: list[int]) -> list[list[int]]:
-    tokens, ends = sharding.fetch(state.tokens), sharding.fetch(state.lengths)
-    return [tokens[i, start : ends[i]].tolist() for i, start in enumerate(lengths)]
-
-
 def _find_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> int | None:
     """How many tokens it takes until the text holds a stop string; None if it does not."""
     contains = lambda count: any(s in tokenizer.decode(ids[:count]) for s in stop)  # noqa: E731
@@ -381,55 +437,52 @@ def _find_stop(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> int
 def _result(
     lm: LM,
     drafter: Drafter,
-    row: Row,
-    tokens: list[int],
-    is_stopped: bool,
     options: Options,
-    accept_lengths: list[int],
-    num_nodes: list[int],
-    pass_sizes: list[int],
-    sources: np.ndarray,
-    counts: np.ndarray,
-    logprobs: loop.Logprobs | None,
-    times: tuple[float, float, float],
+    text: _Text,
+    of_row: tuple[np.ndarray, np.ndarray, loop.Logprobs | None],
+    compile_ms: float,
 ) -> Result:
-    steps = accept_lengths
-    if is_stopped:  # Steps beyond the stop string do not count, and its step counts what it kept.
+    """The result of a text that has ended; `of_row` are its sources, counts and logprobs in the state."""
+    sources, counts, logprobs = of_row
+    tokens, steps = text.tokens, text.accept_lengths
+    slots = slice(len(text.row.prompt), len(text.row.prompt) + len(tokens))
+    if text.is_stopped:  # Steps beyond the stop string do not count, and its step counts what it kept.
         steps, left = [], len(tokens)
-        for count in accept_lengths:
+        for count in text.accept_lengths:
             if left > 0:
                 steps.append(min(count, left))
             left -= count
     is_stop_token = options.ends_at_stop_tokens and tokens[-1] in lm.tokenizer.eos_ids
-    text = lm.tokenizer.decode(tokens[:-1] if is_stop_token else tokens)
-    found = [text.index(s) for s in options.stop if s in text]
-    if is_stopped and found:
-        text = text[: min(found)]
-    if is_stop_token or is_stopped:
+    said = lm.tokenizer.decode(tokens[:-1] if is_stop_token else tokens)
+    found = [said.index(s) for s in options.stop if s in said]
+    if text.is_stopped and found:
+        said = said[: min(found)]
+    if is_stop_token or text.is_stopped:
         reason = "stop"
     else:
         reason = "length" if len(tokens) >= options.max_new_tokens else "context"
     names = drafter.source_names
     top: list[tuple[float, dict[int, float]]] = []
     if logprobs is not None:
-        for place in range(len(tokens)):
-            best = dict(zip(logprobs.top_tokens[place].tolist(), logprobs.top[place].tolist(), strict=True))
-            top.append((float(logprobs.chosen[place]), best))
+        for slot in range(slots.start, slots.stop):
+            best = dict(zip(logprobs.top_tokens[slot].tolist(), logprobs.top[slot].tolist(), strict=True))
+            top.append((float(logprobs.chosen[slot]), best))
     return Result(
-        text=text,
+        text=said,
         tokens=tokens,
-        prompt_tokens=list(row.prompt),
+        prompt_tokens=list(text.row.prompt),
         finish_reason=reason,
         accept_lengths=steps,
-        nodes_per_step=float(np.mean(num_nodes[: len(steps)])),
-        pass_sizes=pass_sizes[: len(steps)],
-        sources=[NOT_DRAFTED if s < 0 else names[s] for s in sources[: len(tokens)].tolist()],
+        nodes_per_step=float(np.mean(text.num_nodes[: len(steps)])),
+        pass_sizes=text.pass_sizes[: len(steps)],
+        sources=[NOT_DRAFTED if s < 0 else names[s] for s in sources[slots].tolist()],
         source_counts={
             name: {"proposed": counts[0, i, 1:].tolist(), "accepted": counts[1, i, 1:].tolist()} for i, name in enumerate(names)
         },
-        compile_ms=times[0],
-        prefill_ms=times[1],
-        decode_ms=times[2],
+        compile_ms=compile_ms,
+        prefill_ms=text.prefill_ms,
+        decode_ms=text.decode_ms,
+        share_ms=text.share_ms,
         logprobs=top,
         tokenizer=lm.tokenizer,
     )

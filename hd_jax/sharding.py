@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -180,6 +181,23 @@ def over_rows(fn: Callable[..., Any], mesh: AnyMesh) -> Callable[..., Any]:
         return jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(shared, *args)
 
     return mapped if mesh is None else split
+
+
+def within_parts(fn: Callable[..., Any], mesh: AnyMesh) -> Callable[..., Any]:
+    """`fn` of one part of a batch, run by each part's devices on the part's own rows; how they split the model is unchanged.
+
+    In the arguments, and in the result, every array's first axis is divided among the parts.
+    """
+    if mesh is None:
+        return fn
+    rows = PartitionSpec(RULES["rows"])
+    return jax.shard_map(fn, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={RULES["rows"]}, check_vma=False)
+
+
+def repeated(tree: Any, part_size: int, mesh: AnyMesh) -> Any:
+    """Arrays of one row a part, with `part_size` copies of it in each part."""
+    repeat = lambda part: jax.tree.map(lambda x: jnp.repeat(x, part_size, axis=0), part)  # noqa: E731
+    return within_parts(repeat, mesh)(tree)
 
 
 def put(tree: Any, where: NamedSharding | None) -> Any:

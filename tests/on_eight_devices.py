@@ -89,7 +89,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(lm):
 
 @pytest.mark.parametrize(("mesh", "name"), [("data=2,model=2", "hd"), ("data=2,model=4", "recycling")])
 def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
-    """One sum for the embedding, two a layer; the logits; and whether all rows have ended. No weight, no cache, no draft."""
+    """One sum for the embedding, two a layer; the logits; and how many rows have not ended. No weight, no cache, no draft."""
     split = on_mesh(lm, mesh)
     arguments, slots = _arguments(split, DRAFTERS[name], 4)
     text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
@@ -99,7 +99,7 @@ def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
     assert found == {
         ("all-reduce", "f32", f"2,{num_nodes},32"): 1 + 2 * lm.config.num_layers,
         ("all-gather", "f32", f"2,{num_nodes},48"): 1,
-        ("all-reduce", "pred", ""): 1,
+        ("all-reduce", "s32", ""): 1,
     }
     num_heads = 1 if mesh == "data=2,model=2" else 2
     cache = rf"f32\[2,{num_heads},{slots},8\]"

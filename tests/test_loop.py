@@ -37,7 +37,8 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
     drafter_state = loop.init_drafter(drafter, request, tokens, None, mesh=mesh)
     settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0, sizes=sizes)
     state = loop.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
-    return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4)), slots
+    state = loop.with_budget(state, settings, request.costs, drafter.num_nodes)
+    return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4), jnp.int32(1)), slots
 
 
 @pytest.mark.parametrize(
@@ -121,9 +122,9 @@ def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact, sizes):
 
 
 def lower_for_gpus_and_tpus(lm: LM, drafter: Drafter, exact: bool, sizes: tuple[int, ...] = ()) -> export.Exported:
-    (model, settings, params, drafter, request, host, state, steps), _ = _arguments(lm, drafter, 2, exact, sizes)
-    run = jax.jit(lambda p, r, s, n: loop.run_steps(model, settings, p, drafter, r, host, s, n, sync_every=4))
-    exported = export.export(run, platforms=["cuda", "tpu"])(params, request, state, steps)
+    (model, settings, params, drafter, request, host, state, *limits), _ = _arguments(lm, drafter, 2, exact, sizes)
+    run = jax.jit(lambda p, r, s, *n: loop.run_steps(model, settings, p, drafter, r, host, s, *n, sync_every=4))
+    exported = export.export(run, platforms=["cuda", "tpu"])(params, request, state, *limits)
     assert "stablehlo.while" in exported.mlir_module()
     assert "callback" not in exported.mlir_module()
     return exported
@@ -132,7 +133,7 @@ def lower_for_gpus_and_tpus(lm: LM, drafter: Drafter, exact: bool, sizes: tuple[
 def test_finished_rows_stay_as_they_are(lm):
     arguments, _ = _arguments(lm, drafters.pld(), 2)
     request = arguments[4]._replace(limits=jnp.asarray([12, 29]))
-    arguments = (*arguments[:4], request, *arguments[5:7], jnp.int32(20))
+    arguments = (*arguments[:4], request, *arguments[5:7], jnp.int32(20), jnp.int32(1))
     state, record = loop.run_steps(*arguments, sync_every=20)
     assert state.lengths.tolist() == [12, 29]
     assert np.asarray(record.num_appended).sum(axis=1).tolist() == [3, 20]
@@ -172,10 +173,10 @@ def _recorded(arguments, texts):
 def test_a_record_stands_in_for_what_the_model_would_have_said(lm):
     text = [3, 4, 5] * 8 + [7, 9, 3, 11, 2]
     arguments, _ = _arguments(lm, drafters.pld(num_nodes=5), 1)
-    decoded, _ = loop.run_steps(*arguments[:7], jnp.int32(20), sync_every=20)
+    decoded, _ = loop.run_steps(*arguments[:7], jnp.int32(20), jnp.int32(1), sync_every=20)
     assert decoded.tokens[0, :29].tolist() != text, "the model itself says this text: the test would show nothing"
     arguments, _ = _arguments(lm, drafters.pld(num_nodes=5), 1)
-    replayed, record = loop.run_steps(*_recorded(arguments, [text])[:7], jnp.int32(20), sync_every=20)
+    replayed, record = loop.run_steps(*_recorded(arguments, [text])[:7], jnp.int32(20), jnp.int32(1), sync_every=20)
     assert replayed.tokens[0, :29].tolist() == text
     assert record.num_appended[0, :2].max() > 1
 
@@ -186,11 +187,11 @@ def test_a_replay_without_a_model_takes_the_steps_of_one_with_it(lm):
     arguments, slots = _arguments(lm, drafter, 1)
     with_model = _recorded(arguments, [text])
     request = with_model[4]
-    state, record = loop.run_steps(*with_model[:7], jnp.int32(20), sync_every=20)
+    state, record = loop.run_steps(*with_model[:7], jnp.int32(20), jnp.int32(1), sync_every=20)
     tokens = jnp.zeros((1, slots), jnp.int32).at[0, :9].set(jnp.asarray(text[:9]))
     alone = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, None), loop.StepSettings())
     alone, record_alone = loop.run_steps(
-        None, loop.StepSettings(), None, drafter, request, (), alone, jnp.int32(20), sync_every=20
+        None, loop.StepSettings(), None, drafter, request, (), alone, jnp.int32(20), jnp.int32(1), sync_every=20
     )
     assert record_alone.num_appended.tolist() == record.num_appended.tolist()
     assert record_alone.num_nodes.tolist() == record.num_nodes.tolist()
