@@ -19,10 +19,8 @@ from experiments.questions import Question
 Answer = dict[str, Any]  # one line
 
 
-def make(
-    label: str, question: Question, results: Sequence[Any], verdicts: Sequence[dict], *, draft_us: float | None, num_rows: int
-) -> Answer:
-    """An answer from the `Result` and the verdict of each turn.
+def make(label: str, question: Question, results: Sequence[Any], verdicts: Sequence[dict], *, draft_us: float | None) -> Answer:
+    """An answer from the `Result` and the verdict of each turn. Its times are its share of a batch's, so they can be summed.
 
     Args:
       label: of the method.
@@ -30,7 +28,6 @@ def make(
       results: one a turn.
       verdicts: how each turn compares with plain decoding's.
       draft_us: median microseconds of drafting for one step; None if it was not measured for this question.
-      num_rows: of the batch that the question ran in: a batch's time is shared equally by its questions.
     """
     turns = [
         {
@@ -40,9 +37,9 @@ def make(
             "steps": result.num_steps,
             "nodes_per_step": result.nodes_per_step,
             "pass_sizes": result.pass_sizes,
-            "prefill_ms": result.prefill_ms / num_rows,
-            "decode_ms": result.decode_ms / num_rows,
-            "compile_ms": result.compile_ms / num_rows,
+            "prefill_ms": result.prefill_ms,
+            "decode_ms": result.share_ms - result.prefill_ms,
+            "compile_ms": result.compile_ms,
             "source_counts": result.source_counts,
             "verdict": verdict,
         }
@@ -53,7 +50,7 @@ def make(
         "turns": [result.text for result in results],
         "decoding_steps": [turn["steps"] for turn in turns],
         "new_tokens": [len(turn["tokens"]) for turn in turns],
-        "wall_time": [(turn["prefill_ms"] + turn["decode_ms"]) / 1000 for turn in turns],
+        "wall_time": [result.share_ms / 1000 for result in results],
         "accept_lengths": [length for result in results for length in result.accept_lengths],
     }
     return {

@@ -6,7 +6,8 @@ r"""The main job: drafting methods side by side on Spec-Bench's tasks, every tok
 Questions are the outer loop and methods the inner one, so that a machine that other work slows down for a while slows
 all methods alike. A method's turn 2 goes on from plain decoding's answer to turn 1. Every request starts with a fresh
 drafter: neither the warm-up nor an earlier question leaks into it. With --warm, a method that learns from request to request
-runs a second time, as `<method>-warm`, in a session that lasts from the first question to the last.
+runs a second time, as `<method>-warm`, in a session that lasts from the first question to the last. With --batch_size,
+questions are decoded together, and others take the places of those that are answered; a question's time is its share.
 
 A run's folder holds, for each method, `<method>.jsonl` in Spec-Bench's answer format (its evaluation/speed.py reads it;
 the field "hd_jax" is ours), and config.json, summary.json, report.md and plots. Answers are appended as they come, so a
@@ -39,6 +40,7 @@ from experiments.run_config import BUDGET, BUDGETS, CONFIG_FILE, PLAIN, Method, 
 DEFAULT_METHODS = "none,pld,hd,hd:window=0,hd:window=0:num_nodes=8"
 WARM_UP_TEXT = "Say in one sentence what the weather is like on the moon, then count from one to ten."
 WARM_UP_TOKENS = 16
+BATCHES_A_CALL = 4  # so many times the batch's size are asked at once: only a call's last answers leave places free
 
 
 class UnexplainedDifference(Exception):
@@ -90,8 +92,7 @@ class Bench:
         from hd_jax import sharding
 
         self.library, self.config = library, config
-        self._row_parts = sharding.mesh_sizes(config.mesh)["data"] if config.mesh else 1
-        sharding.check_rows(config.batch_size, self._row_parts)
+        sharding.check_rows(config.batch_size, sharding.mesh_sizes(config.mesh)["data"] if config.mesh else 1)
         self.lm = library.load(config.model, dtype=config.dtype, mesh=config.mesh)
         self.drafters: dict[str, Any] = {}
         self.budgets: dict[str, str | None] = {}
@@ -119,10 +120,14 @@ class Bench:
 
     def generate(self, label: str, prompts: list[list[dict[str, str]]], seeds: list[int]) -> list[Any]:
         """A Result for each prompt."""
-        self.warm_up(label, len(prompts), max(map(self.num_prompt_tokens, prompts)))
+        self.warm_up(label, self.num_rows(prompts), max(map(self.num_prompt_tokens, prompts)))
         if label in self.sessions:
             return [self._go_on(self.sessions[label], self.budgets[label], prompts[0], seeds[0])]
-        return self._generate(label, prompts, seeds, self.config.max_new_tokens)[: len(prompts)]
+        return self._generate(label, prompts, seeds, self.config.max_new_tokens)
+
+    def num_rows(self, asked: Sequence[Any]) -> int:
+        """Of the batch in which so many questions of one call are decoded."""
+        return min(self.config.batch_size, len(asked))
 
     def _go_on(self, session: Any, budget: str | None, messages: list[dict[str, str]], seed: int) -> Any:
         """A Result of a session that keeps what its drafter learned, but no cache: its prefill is that of other methods."""
@@ -147,9 +152,6 @@ class Bench:
             self._generate(label, [prompt] * num_rows, [0] * num_rows, max_new_tokens)
 
     def _generate(self, label: str, prompts: list[Any], seeds: list[int], max_new_tokens: int) -> list[Any]:
-        """Results of the prompts, and of the last one again until the mesh divides the batch."""
-        num_missing = -len(prompts) % self._row_parts
-        prompts, seeds = prompts + prompts[-1:] * num_missing, seeds + seeds[-1:] * num_missing
         is_single = len(prompts) == 1  # is not sent as a batch
         out = self.library.generate(
             self.lm,
@@ -160,6 +162,7 @@ class Bench:
             seed=seeds[0] if is_single else seeds,
             exact=self.config.exact,
             budget=self.budgets[label],
+            batch_size=self.config.batch_size,
         )
         return [out] if is_single else out
 
@@ -174,7 +177,7 @@ class Bench:
             temperature=config.temperature,
             seed=seed,
             exact=config.exact,
-            num_rows=num_rows + -num_rows % self._row_parts,
+            num_rows=num_rows,
             budget=self.budgets[label],
         )
         kept = ("is_equal", "is_explained", "position", "gap", "tolerance", "message")
@@ -202,13 +205,13 @@ class Bench:
             for row, result in enumerate(self.generate(label, prompts, seeds)):
                 expected = answers.tokens(plain[row], turn) if plain else result.tokens
                 reference = dataclasses.replace(result, tokens=expected)
-                verdicts[row].append(self.verify(label, reference, result, seeds[row], len(batch)))
+                verdicts[row].append(self.verify(label, reference, result, seeds[row], self.num_rows(batch)))
                 results[row].append(result)
         draft_us: list[float | None] = [None] * len(batch)
         if is_draft_timed:
             draft_us[0] = self.draft_us(label, results[0][0].prompt_tokens + results[0][0].tokens)
         parts = zip(batch, results, verdicts, draft_us, strict=True)
-        return [answers.make(label, q, r, v, draft_us=us, num_rows=len(batch)) for q, r, v, us in parts]
+        return [answers.make(label, q, r, v, draft_us=us) for q, r, v, us in parts]
 
 
 def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
@@ -242,7 +245,7 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
         num_done, num_all = sum(map(len, stored.values())), len(chosen) * len(paths)
         if num_done < num_all:  # Whatever a method cannot do shows here, before anything is written.
             for label in paths:
-                bench.warm_up(label, len(batches[0]), 1)
+                bench.warm_up(label, bench.num_rows(batches[0]), 1)
         if is_writer:
             run_config.write(folder, facts)
     with tqdm.tqdm(total=num_all, initial=num_done, unit="answer", dynamic_ncols=True, disable=not is_writer) as progress:
@@ -315,10 +318,11 @@ def _split_by_length(bench: Bench, chosen: Sequence[Question]) -> tuple[list[Que
 
 
 def _batches(chosen: Sequence[Question], batch_size: int) -> list[list[Question]]:
-    """Neighbours with equally many turns, at most `batch_size` at a time."""
+    """Neighbours with equally many turns, as many as one call is given: one, or a few times a batch's size."""
+    size = batch_size if batch_size == 1 else batch_size * BATCHES_A_CALL
     out: list[list[Question]] = []
     for question in chosen:
-        if out and len(out[-1]) < batch_size and len(out[-1][0].turns) == len(question.turns):
+        if out and len(out[-1]) < size and len(out[-1][0].turns) == len(question.turns):
             out[-1].append(question)
         else:
             out.append([question])
@@ -350,7 +354,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters, activations and cache; by default the model's.")
     flags.DEFINE_integer("seed", 0, "Keys the noise of sampling, with the question's place in its file.", lower_bound=0)
-    flags.DEFINE_integer("batch_size", 1, "Questions decoded together.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 1, "Questions decoded together; others take the places of answered ones.", lower_bound=1)
     flags.DEFINE_bool("warm", False, "Also run methods that can remember earlier requests in a session of all questions.")
     program.define_mesh_flags()
     flags.DEFINE_bool("exact", False, "Exact mode: slower, and no difference is explained.")

@@ -143,7 +143,7 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
         lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.PREFILL_CHUNK
     )
     span = (jnp.int32(len(prompt) - 1), jnp.int32(len(text)))
-    part_size = num_rows // num_parts
+    part_size = -(-num_rows // num_parts)
     return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, *span, width=width, part_size=part_size))
 
 

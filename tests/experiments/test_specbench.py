@@ -10,6 +10,7 @@ import matplotlib.figure
 import pytest
 
 from experiments import answers, questions, run_config, specbench
+from experiments.questions import Question
 from experiments.run_config import RunConfig
 from hd_jax.exactness import Verdict
 from hd_jax.result import Result
@@ -24,22 +25,24 @@ class FakeModel:
     requests: list = dataclasses.field(default_factory=list)  # (drafter's name, prompts, seeds) of each call
     interrupt_at: int | None = None  # call that Ctrl-C comes in
     budgets: set = dataclasses.field(default_factory=set)  # (drafter's name, budget) of all calls
+    batch_sizes: set = dataclasses.field(default_factory=set)  # of all calls
     wrong: tuple = ()  # names of drafters whose answers to the second turns differ
     is_explained: bool = False
 
     config = types.SimpleNamespace(dtype="float32")
     tokenizer = types.SimpleNamespace(chat=lambda messages: list("".join(f"<{m['content']}>" for m in messages).encode()))
 
-    def generate(self, lm, prompt, *, drafter, max_new_tokens, temperature, seed, exact, budget):
+    def generate(self, lm, prompt, *, drafter, max_new_tokens, temperature, seed, exact, budget, batch_size):
         assert lm is self
         self.budgets.add((drafter.name, budget))
         is_batch = isinstance(prompt[0], list)  # of messages or of tokens
         prompts, seeds = (prompt, seed) if is_batch else ([prompt], [seed])
         assert len(prompts) == len(seeds)
         self.requests.append((drafter.name, prompts, seeds))
+        self.batch_sizes.add(batch_size)
         if len(self.requests) == self.interrupt_at:
             raise KeyboardInterrupt
-        results = [self._result(p, drafter, max_new_tokens) for p in prompts if isinstance(p[0], dict)]
+        results = [self._result(p, drafter, max_new_tokens, len(prompts)) for p in prompts if isinstance(p[0], dict)]
         if not results:
             return None  # nothing is asked of a warm-up's answers
         return results if is_batch else results[0]
@@ -47,7 +50,7 @@ class FakeModel:
     def session(self, lm, *, drafter):
         return FakeSession(self, drafter)
 
-    def _result(self, messages, drafter, max_new_tokens):
+    def _result(self, messages, drafter, max_new_tokens, num_rows):
         text = f"{messages[-1]['content']}#{len(messages)}"[:max_new_tokens]
         if drafter.name in self.wrong and len(messages) > 1:
             text = text[:2] + "?" + text[3:]
@@ -64,7 +67,8 @@ class FakeModel:
             source_counts={"context": {"proposed": [4] * (size - 1), "accepted": [2] * (size - 1)}},
             compile_ms=7.0,
             prefill_ms=2.0,
-            decode_ms=float(len(tokens) / size),
+            decode_ms=num_rows * len(tokens) / size,
+            share_ms=2.0 + len(tokens) / size,
         )
 
     def check(self, lm, drafter, reference, candidate, **settings):
@@ -114,7 +118,7 @@ class FakeSession:
         drafter = types.SimpleNamespace(name=f"{self.drafter.name} in a session", size=self.drafter.size + self.num_requests)
         self.num_requests += 1
         messages = [*self.messages, {"role": "user", "content": message}]
-        return self.model.generate(self.model, messages, drafter=drafter, seed=seed, **options)
+        return self.model.generate(self.model, messages, drafter=drafter, seed=seed, batch_size=1, **options)
 
 
 QUESTIONS = [
@@ -301,8 +305,20 @@ def test_a_batch_shares_its_time(config, model, tmp_path):
     specbench.run(dataclasses.replace(config, batch_size=2), tmp_path / "run", model.library())
     asked = [(name, len(prompts)) for name, prompts, _ in model.requests if isinstance(prompts[0][0], dict)]
     assert asked == [(name, 2) for name in ("none", "none", "pairs", "pairs", "pairsx", "pairsx", "none", "pairs", "pairsx")]
+    assert model.batch_sizes == {2}
     answer = json.loads((tmp_path / "run" / "pairs.jsonl").read_text().splitlines()[0])
-    assert answer["choices"][0]["wall_time"] == pytest.approx([0.004, 0.004])
+    assert answer["choices"][0]["wall_time"] == pytest.approx([0.008, 0.008])
+    turn = answer["hd_jax"]["turns"][0]
+    assert (turn["prefill_ms"], turn["decode_ms"]) == pytest.approx((2.0, 6.0))  # not the 12 until its end
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, [1] * 11), (2, [8, 1, 2]), (3, [8, 1, 2])])
+def test_a_call_is_given_more_questions_than_a_batch_holds(batch_size, expected):
+    """As many as find places one after another, with equally many turns."""
+    chosen = [Question(i, i, "qa", ("a",) * (2 if i == 8 else 1)) for i in range(11)]
+    batches = specbench._batches(chosen, batch_size)
+    assert [len(batch) for batch in batches] == expected
+    assert [question for batch in batches for question in batch] == chosen
 
 
 @pytest.mark.parametrize(
