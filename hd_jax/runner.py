@@ -23,8 +23,8 @@ from hd_jax.models.tokenizer import Tokenizer
 from hd_jax.result import NOT_DRAFTED, Result
 from hd_jax.sampling import Sampling, SamplingMode
 
-PREFILL_CHUNK = 128  # tokens of a prompt that a pass reads
-RESERVE = 128  # slots behind the last token of every cache, for a chunk or a path: the same for every method
+PREFILL_CHUNKS = {"cpu": 128, "default": 256}  # tokens of a prompt that a pass reads: so many that its products are not slow
+RESERVE = 128  # slots behind the last token of every cache, for a path, or for a chunk where that is longer
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
@@ -149,10 +149,15 @@ def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
     return budget.sizes_of(drafter.num_nodes)
 
 
+def prefill_chunk() -> int:
+    """Tokens of a prompt that a pass reads on this process's devices."""
+    return PREFILL_CHUNKS.get(jax.default_backend(), PREFILL_CHUNKS["default"])
+
+
 def num_slots(num_tokens: int) -> int:
     """S for texts of so many tokens: few sizes, so that few programs are compiled; the reserve is added."""
-    size = 256
-    while size < num_tokens + RESERVE:
+    size, reserve = 256, max(RESERVE, prefill_chunk())
+    while size < num_tokens + reserve:
         size += max(256, 2 ** (size.bit_length() - 2))
     return size
 
@@ -235,7 +240,7 @@ def run(
             row[: len(text.row.prompt)] = text.row.prompt
         request, tokens = request_for(texts), sharding.put(jnp.asarray(buffer), by_rows)
         span = (jnp.int32(num_cached), jnp.int32(num_chunks))
-        cache = loop.prefill(lm.model, lm.params, cache, tokens, *span, chunk_size=PREFILL_CHUNK, is_exact=options.exact)
+        cache = loop.prefill(lm.model, lm.params, cache, tokens, *span, chunk_size=prefill_chunk(), is_exact=options.exact)
         drafter_state = loop.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
         return loop.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
 
@@ -283,7 +288,7 @@ def run(
                 part, places[part] = divmod(place, part_size)
                 entering[part] = text
             longest = max(len(text.row.prompt) for text in taken.values())
-            num_chunks = -(-(longest - 1 - num_cached) // PREFILL_CHUNK)
+            num_chunks = -(-(longest - 1 - num_cached) // prefill_chunk())
             new = started(state.cache if is_replaced else new.cache, entering, num_chunks)
             state = admitted(state, new, places)
             request = request_for([text or filler for text in batch])._replace(costs=costs)

@@ -185,7 +185,7 @@ def test_exact_mode_is_bit_equal(lm, name, temperature):
 
 
 def test_a_prompt_of_several_chunks(lm):
-    prompt = np.random.default_rng(1).integers(2, 48, 2 * runner.PREFILL_CHUNK + 9).tolist()
+    prompt = np.random.default_rng(1).integers(2, 48, 2 * runner.prefill_chunk() + 9).tolist()
     reference = decode.generate(lm, prompt, max_new_tokens=NUM_NEW)
     out = decode.generate(lm, [PROMPTS[0], prompt], drafter="pld", max_new_tokens=NUM_NEW)
     _assert_equal(lm, DRAFTERS["pld"], [_plain(lm, 0.0, False)[0], reference], out)

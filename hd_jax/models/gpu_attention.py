@@ -104,6 +104,7 @@ def _kernel(
     num_tokens, group_size, head_dim = q_ref.shape
     lowest = float(jnp.finfo(jnp.float32).min)
     split = pl.program_id(3)
+    width = min(max(pl.next_power_of_2(num_tokens), MIN_SIDE), SLOTS)  # new tokens that it takes at a time
     # Rows beyond the last query repeat one, and write the same again.
     rows = jnp.minimum(pl.program_id(2) * block + jnp.arange(block), group_size * num_tokens - 1)
     tokens, heads = rows % num_tokens, rows // num_tokens
@@ -124,17 +125,18 @@ def _kernel(
         is_committed = start + jnp.arange(SLOTS) < length
         return take(carry, keys_ref[slots, :], values_ref[slots, :], is_committed[None, :])
 
-    def take_new(carry):
-        width = max(pl.next_power_of_2(num_tokens), MIN_SIDE)
-        columns = jnp.minimum(jnp.arange(width), num_tokens - 1)
-        is_allowed = mask_ref[tokens[:, None], columns[None, :]] & (jnp.arange(width) < num_tokens)[None, :]
+    def take_new(index, carry):
+        numbers = index * width + jnp.arange(width)
+        columns = jnp.minimum(numbers, num_tokens - 1)
+        is_allowed = mask_ref[tokens[:, None], columns[None, :]] & (numbers < num_tokens)[None, :]
         return take(carry, new_keys_ref[columns, :], new_values_ref[columns, :], is_allowed)
 
     length = length_ref[...]
     nothing = (jnp.zeros((block, head_dim), jnp.float32), jnp.full(block, lowest), jnp.zeros(block, jnp.float32))
     num_left = jnp.clip(length - split * per_split, 0, per_split)
     carry = jax.lax.fori_loop(0, pl.cdiv(num_left, SLOTS), take_cached, nothing)
-    sums, peak, total = jax.lax.cond(split == 0, take_new, lambda carry: carry, carry)
+    num_new = jnp.where(split == 0, pl.cdiv(num_tokens, width), 0)
+    sums, peak, total = jax.lax.fori_loop(0, num_new, take_new, carry)
     sums_ref[tokens, heads, :] = sums
     peaks_ref[tokens, heads] = peak
     totals_ref[tokens, heads] = total
