@@ -267,7 +267,10 @@ def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeat
             tree = drafter.draft(drafter.tables, state, now._replace(host=host))
             top = (drafter.num_nodes, drafter.num_top_logits)
             path = jnp.full(drafter.max_depth + 1, draft_tree.NO_NODE).at[0].set(draft_tree.ROOT_INDEX)
-            feedback = Feedback(tree, tree.tokens, tree.tokens, jnp.zeros(top, jnp.int32), jnp.zeros(top), path, jnp.int32(1))
+            # One token is appended; that waits for the draft, as a step does: else the state is copied, to be read and written.
+            num_appended = (tree.parents[-1] < drafter.num_nodes).astype(jnp.int32)
+            top_tokens, top_logits = jnp.zeros(top, jnp.int32), jnp.zeros(top)
+            feedback = Feedback(tree, tree.tokens, tree.tokens, top_tokens, top_logits, path, num_appended)
             state = drafter.update(drafter.tables, state, now, feedback)
             return state, checksum + jnp.sum(tree.tokens * (tree.parents + 3))  # and what is not used, dropped
 
