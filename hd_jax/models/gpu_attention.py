@@ -135,8 +135,8 @@ def _kernel(
     nothing = (jnp.zeros((block, head_dim), jnp.float32), jnp.full(block, lowest), jnp.zeros(block, jnp.float32))
     num_left = jnp.clip(length - split * per_split, 0, per_split)
     carry = jax.lax.fori_loop(0, pl.cdiv(num_left, SLOTS), take_cached, nothing)
-    num_new = jnp.where(split == 0, pl.cdiv(num_tokens, width), 0)
-    sums, peak, total = jax.lax.fori_loop(0, num_new, take_new, carry)
+    take_all = lambda carry: jax.lax.fori_loop(0, pl.cdiv(num_tokens, width), take_new, carry)  # noqa: E731
+    sums, peak, total = jax.lax.cond(split == 0, take_all, lambda carry: carry, carry)
     sums_ref[tokens, heads, :] = sums
     peaks_ref[tokens, heads] = peak
     totals_ref[tokens, heads] = total
