@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models.test_weights import assert_equal, export, random_params, shard
-from test_decode import DRAFTERS, PROMPTS
+from test_decode import DRAFTERS, MANY, PROMPTS
 from test_loop import _arguments, lower_for_gpus_and_tpus
 
 from hd_jax import decode, drafters, exactness, loop, sharding
@@ -21,7 +21,6 @@ from hd_jax.models.config import ModelConfig
 from hd_jax.runner import LM
 
 NUM_NEW = 24
-ROWS = [*PROMPTS, [5, 6, 7] * 4]
 
 
 def on_mesh(lm: LM, mesh: str) -> LM:
@@ -47,9 +46,10 @@ CASES = [
 def test_the_tokens_are_those_of_one_device(lm, mesh, name, options):
     drafter = DRAFTERS[name] if name else drafters.none()
     options = {"max_new_tokens": NUM_NEW, **options}
-    reference = decode.generate(lm, ROWS, seed=[0, 1, 2, 3], **options)
+    options |= {"seed": range(len(MANY)), "batch_size": 4}  # of five rows
+    reference = decode.generate(lm, MANY, **options)
     split = on_mesh(lm, mesh)
-    out = decode.generate(split, ROWS, drafter=drafter, seed=[0, 1, 2, 3], **options)
+    out = decode.generate(split, MANY, drafter=drafter, **options)
     options = {key: options[key] for key in options if key in ("temperature", "top_p")}
     for seed, (a, b) in enumerate(zip(reference, out, strict=True)):
         verdict = exactness.check(split, drafter, a, b, seed=seed, num_rows=4, reference_lm=lm, **options)
@@ -57,10 +57,11 @@ def test_the_tokens_are_those_of_one_device(lm, mesh, name, options):
 
 
 def test_exact_mode_is_bit_equal_on_a_mesh(lm):
+    """Whatever the batch's size."""
     split = on_mesh(lm, "data=2,model=2")
     options = {"max_new_tokens": NUM_NEW, "exact": True, "logprobs": 2, "temperature": 0.7}
-    reference = decode.generate(split, ROWS[:2], **options)
-    out = decode.generate(split, ROWS[:2], drafter=DRAFTERS["pld"], **options)
+    reference = decode.generate(split, PROMPTS, batch_size=2, **options)
+    out = decode.generate(split, PROMPTS, drafter=DRAFTERS["pld"], batch_size=4, **options)  # one place stays free
     assert [r.tokens for r in out] == [r.tokens for r in reference]
     assert [r.logprobs for r in out] == [r.logprobs for r in reference]
 
@@ -85,6 +86,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(lm):
     for prompt in (PROMPTS[0], PROMPTS):
         with pytest.raises(ValueError, match=r"data=2 does not divide a batch of [13]: .* must be a multiple of 2"):
             decode.generate(split, prompt)
+    with pytest.raises(ValueError, match="data=2 does not divide a batch of 3"):
+        decode.generate(split, MANY[:4], batch_size=3)
 
 
 @pytest.mark.parametrize(("mesh", "name"), [("data=2,model=2", "hd"), ("data=2,model=4", "recycling")])
@@ -105,6 +108,10 @@ def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
     cache = rf"f32\[2,{num_heads},{slots},8\]"
     assert re.search(cache, text), "the pattern finds no cache"
     assert not re.search(rf"\n.*= {cache}\S* copy\(", text[: text.index("ENTRY")])
+    new, _ = _arguments(split, DRAFTERS[name], 2)
+    places = sharding.put(jnp.zeros(2, jnp.int32), sharding.by_rows(split.model.mesh))
+    text = loop.admit.lower(split.model, arguments[6], new[6], places).compile().as_text()
+    assert re.search(cache, text) and not re.findall(pattern, text)  # a new row is where it belongs
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -117,10 +124,10 @@ def test_a_second_request_on_a_mesh_compiles_nothing(lm, caplog):
     split = on_mesh(lm, "data=2,model=2")
     compiled = lambda: [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]  # noqa: E731
     with jax.log_compiles():
-        decode.generate(split, PROMPTS[:2], drafter="pld", max_new_tokens=20)
+        decode.generate(split, PROMPTS, drafter="pld", max_new_tokens=20, batch_size=2)
         assert len([m for m in compiled() if "run_steps" in m]) == 1
         caplog.clear()
-        decode.generate(split, [[4, 5, 6, 7], [9, 3]], drafter="pld", max_new_tokens=30, seed=3)
+        decode.generate(split, [[4, 5, 6, 7], [9, 3], *PROMPTS], drafter="pld", max_new_tokens=30, seed=3, batch_size=2)
         assert not compiled()
 
 

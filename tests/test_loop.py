@@ -57,6 +57,34 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, num_rows, exact, s
     assert not copies, copies
 
 
+def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):
+    (arguments, slots), (alone, _) = (_arguments(lm, drafters.hd(order="c"), num_rows) for num_rows in (3, 1))
+    text = loop.admit.lower(lm.model, arguments[6], alone[6], jnp.zeros(1, jnp.int32)).compile().as_text()
+    shape = rf"f32\[3,{lm.config.num_kv_heads},{slots},{lm.config.head_dim}\]"
+    assert re.search(shape, text), "the pattern finds no cache"
+    assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text)
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_row_is_admitted_in_its_place(lm, place):
+    """And a place that there is not leaves all rows as they are. Other rows' budgets go on."""
+    drafter = drafters.pld(num_nodes=5)
+    (arguments, _), (alone, _) = (_arguments(lm, drafter, num_rows, sizes=(1, 5)) for num_rows in (3, 1))
+    mark = lambda x: x + jnp.arange(1, 4, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+    state = arguments[6]
+    state = state._replace(cache=jax.tree.map(mark, state.cache), tokens=mark(state.tokens), lengths=mark(state.lengths))
+    watched = state.budget.watched._replace(lengths=jnp.asarray([4, 5, 6]))
+    state = state._replace(budget=state.budget._replace(gains=state.budget.gains + 1, watched=watched))
+    before, new = jax.tree.map(np.asarray, state), alone[6]._replace(budget=None)
+    after = loop.admit(lm.model, state, new, jnp.asarray([place], jnp.int32))
+    row_of = lambda state, row: jax.tree.map(lambda x: x[row], state._replace(budget=None))  # noqa: E731
+    for row in range(3):
+        expected = row_of(new, 0) if row == place else row_of(before, row)
+        jax.tree.map(np.testing.assert_array_equal, row_of(after, row), expected)
+    assert after.budget.watched.lengths.tolist() == [0 if row == place else row + 4 for row in range(3)]
+    np.testing.assert_array_equal(after.budget.gains, before.budget.gains)
+
+
 @pytest.mark.parametrize(
     "make",
     [
