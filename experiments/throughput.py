@@ -52,10 +52,10 @@ def cases_of(lm: LM, methods: Sequence[str], batch_sizes: Sequence[int]) -> list
     """
     made = []
     for method in map(run_config.parse_method, methods):
-        options = dict(method.options)
+        options: dict[str, Any] = dict(method.options)
         budget = run_config.budget_of(method.label, options.pop(run_config.BUDGET, None))
-        made.append((method.label, decode.make_drafter(lm, method.drafter, **options), budget))
-    return [Case(*parts, size) for size in batch_sizes for parts in made]
+        made.append(Case(method.label, decode.make_drafter(lm, method.drafter, **options), budget, 1))
+    return [dataclasses.replace(case, batch_size=size) for size in batch_sizes for case in made]
 
 
 def decoded(lm: LM, case: Case, prompts: Sequence[Any], max_new_tokens: int) -> list[Result]:
