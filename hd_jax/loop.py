@@ -17,6 +17,9 @@ the model or without one. Of a node that the record does not reach, here x, the 
 
 With an adaptive budget (budget.py) a step verifies the first n of the N nodes. The values of n are branches of one
 `lax.switch`, which reads the cache and returns the path's rows, never a cache; a step with n = 1 does not draft.
+
+The rows of a batch have nothing to do with each other. Where one has ended, `admit` puts another text in its place: a row that
+was prefilled and started alone, so that all texts start by the same programs, whatever the batch's size.
 """
 
 from __future__ import annotations
