@@ -46,7 +46,7 @@ def measure(
     assert state.budget is not None
     request = request._replace(
         limits=jnp.full_like(request.limits, np.iinfo(np.int32).max),
-        stop_tokens=jnp.full_like(request.stop_tokens, loop.NO_TOKEN),
+        stop_tokens=jnp.full_like(request.stop_tokens, np.iinfo(np.int32).min),  # not NO_TOKEN, which ends a record
     )
     times: list[list[float]] = [[] for _ in sizes]
     for _ in range(NUM_ROUNDS + 1):
