@@ -436,3 +436,14 @@ def test_a_result_shows_itself_coloured(lm):
 def test_draft_time_is_measured(lm):
     assert decode.measure_draft_us(lm, DRAFTERS["hd"], PROMPTS[0], num_repeats=1) > 0
     assert runner.num_slots(1) == runner.num_slots(100) < runner.num_slots(600)
+
+
+def test_recorded_rows_end_where_their_records_end(lm):
+    """Neither stop tokens nor the limit of other rows ends them, and drafts are judged by the records."""
+    answers = [[5, 1, 6, 9, 5, 1, 6, 9, 5, 1, 6, 7], [8, 3]]
+    rows = [runner.Row(prompt, 0, recorded=answer) for prompt, answer in zip(PROMPTS, answers, strict=False)]
+    *_, last = runner.run(lm, drafters.pld(num_nodes=3), rows, runner.Options(max_new_tokens=1))
+    assert [result.tokens for result in last.results] == answers
+    assert max(last.results[0].accept_lengths) > 1
+    with pytest.raises(ValueError, match="either all rows of a batch are recorded, or none"):
+        runner.request_of(lm, [rows[0], runner.Row([3], 0)], runner.Options())
