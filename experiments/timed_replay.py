@@ -111,7 +111,7 @@ def run(
                 for text in turns_of[question.question_id]:
                     result, states[label] = decode(lm, contender, text, slots, states[label])
                     results.append(result)
-                answer = answers.make(label, question, results, [AS_RECORDED] * len(results), draft_us=None, num_rows=1)
+                answer = answers.make(label, question, results, [AS_RECORDED] * len(results), draft_us=None)
                 answers.append(paths[label], [answer])
                 stored[label].append(answer)
                 progress.update()
