@@ -430,7 +430,14 @@ def _describe(settings: Settings, parts: Sequence[Part], tokenizer: Any, texts: 
     return {
         "flags": given,
         "model": model,
-        "parts": [{"file": part.file_name, "drafter": part.method.drafter, "options": part.options} for part in parts],
+        "parts": [
+            {
+                "file": f"{part.timed_label}.jsonl" if settings.timed else part.file_name,
+                "drafter": part.method.drafter,
+                "options": part.options,
+            }
+            for part in parts
+        ],
         "sha256": hashes,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "num_turns": len(texts),
