@@ -419,6 +419,8 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
 
 def _drafter_costs(lm: LM, values: Any, plain_ms: float) -> Iterator[dict[str, Any]]:
     """Of draft and update within the device loop. A shape has no databases, so its drafters are the embedded model's."""
+    if not values.drafters:
+        return
     source = decode.load() if values.shape else lm
     tokens = decode.encode_prompt(source, "Why is the sky blue? Rayleigh scattering is why the sky is blue. " * 20)
     for name in values.drafters:
