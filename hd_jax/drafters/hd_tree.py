@@ -237,7 +237,7 @@ def _functions(
             is_open = nodes["matches"] > 0
             if index < rounds - 1:
                 base, chosen = ranking.top_k(nodes["scores"], min(width, scores.size))
-                is_open &= nodes["scores"] < jnp.min(base)  # sliced once more, what is best would be found by a whole sort
+                is_open &= nodes["scores"] < jnp.min(base)  # not base[-1], for which XLA would sort all scores
                 shifted = suffixes[chosen // scores.shape[1], 1:]
                 suffixes = jnp.concatenate([shifted, nodes["tokens"][chosen][:, None]], axis=1)
                 parents = num_pooled + chosen
@@ -399,7 +399,7 @@ def candidates(
 
 def _listed(tokens: jax.Array, listed: jax.Array, probabilities: jax.Array) -> jax.Array:
     """The probabilities float32[..., I] of tokens int32[..., I] by lists [..., G] that hold a token once or, for 0, not."""
-    # Numbers without a sign are ordered as their bits are, and a CPU finds maxima of integers in vector operations.
+    # Floats that are not negative are ordered as their bits are, and a CPU finds maxima of integers in vector operations.
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)[..., None]
     found = jnp.max(jnp.where(listed[..., None] == tokens[..., None, :], bits, 0), axis=-2, initial=0)
     return jax.lax.bitcast_convert_type(found, jnp.float32)
