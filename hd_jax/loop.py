@@ -365,8 +365,11 @@ def step(
     if logprobs is not None:
         logprobs = jax.tree.map(lambda buffer, values: _put(buffer, values, state.lengths), logprobs, verified.logprobs)
     tokens = _put(state.tokens, verified.appended, state.lengths)
+    # The only write to the cache in a step. Where it goes depends on the logits (num_appended is never negative), and so it is
+    # known to follow every layer's reading: else a pass of one node, whose row is there earlier, would copy the whole cache.
+    slots = state.lengths - 1 + jnp.minimum(num_appended, 0)
     state = state._replace(
-        cache=write_rows(state.cache, verified.rows, state.lengths - 1),  # the only write to the cache in a step
+        cache=write_rows(state.cache, verified.rows, slots),
         tokens=tokens,
         lengths=lengths,
         is_finished=state.is_finished | is_stopped | (lengths >= request.limits),

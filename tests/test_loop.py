@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -42,11 +43,16 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "exact", "sizes"),
-    [(1, False, ()), (3, False, ()), (1, True, ()), (1, False, (1, 4, 16)), (3, False, (1, 4, 16))],
+    ("make", "num_rows", "exact", "sizes"),
+    [
+        (drafters.none, 1, False, ()),
+        (drafters.none, 3, False, ()),
+        *((functools.partial(drafters.hd, order="c"), n, is_exact, ()) for n, is_exact in ((1, False), (3, False), (1, True))),
+        *((functools.partial(drafters.hd, order="c"), n, False, (1, 4, 16)) for n in (1, 3)),
+    ],
 )
-def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, num_rows, exact, sizes):
-    arguments, slots = _arguments(lm, drafters.hd(order="c"), num_rows, exact, sizes)
+def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, make, num_rows, exact, sizes):
+    arguments, slots = _arguments(lm, make(), num_rows, exact, sizes)
     text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
     shape = f"f32\\[{num_rows},{lm.config.num_kv_heads},{slots},{lm.config.head_dim}\\]"
     body = text[: text.index("ENTRY")]  # every computation but the entry, so the loop's body among them
