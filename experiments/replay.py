@@ -52,7 +52,7 @@ from experiments import program, questions, replay_databases, replay_report, rep
 from experiments.questions import Question
 from experiments.run_config import BUDGET, CONFIG_FILE, PLAIN, Method
 from experiments.traces import Turn
-from hd_jax import drafters, loop, runner
+from hd_jax import admission, drafters, loop, runner
 from hd_jax.databases import collection
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
@@ -199,21 +199,8 @@ def _run_timed(
         contenders.append(timed_replay.Contender(part.timed_label, drafter, part.pass_budget))
     lm = shapes.random_model(shape, tokenizer)
     stored = timed_replay.run(folder, lm, contenders, chosen, texts, _learned)
-    where = facts["environment"]
-    notes = [
-        f"Not a trained model: {shape} is a shape, its weights are random. It does all of its work (prefill, draft, "
-        "verification, commit), and recorded tokens stand in for those that it draws. So acceptance is that of the record "
-        "with any weights, and time is that of this shape on this device.",
-        f"{len(chosen)} questions, {len(texts)} turns of {facts['flags']['traces']}, {facts['num_tokens']} tokens, equal to "
-        f"the record in every method; {lm.config.dtype}, batch size 1, {facts['model']['num_slots']} cache slots; "
-        f"{where['device']} ({where['num_cpus']} CPU cores), jax {where['jax']}.",
-        "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
-        "What a drafter has learned about acceptance passes from request to request; no answer is remembered.",
-        *_notes(parts),
-    ]
-    title = f"Timed replay: the shape of {shape} with random weights, recorded tokens"
     rivals = run_config.rivals({part.timed_label: (part.method.drafter, part.pass_budget) for part in parts})
-    return report.write(folder, title, stored, [], notes, rivals)
+    return timed_replay.write(folder, facts, stored, _notes(parts), rivals)
 
 
 def _learned(drafter: Drafter, texts: Sequence[Turn]) -> Any:
@@ -372,7 +359,8 @@ def replayed(drafter: Drafter, texts: Iterable[Turn]) -> Iterator[Outcome]:
 
     for text in texts:
         request, tokens = _request(text)
-        state = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, kept), loop.StepSettings())
+        drafter_state = admission.init_drafter(drafter, request, tokens, kept)
+        state = admission.start(drafter, request, (), tokens, drafter_state, loop.StepSettings())
         if tokens.shape[1] not in compiled:
             compiled.add(tokens.shape[1])
             state, _ = dispatch(request, state, 0)
@@ -426,7 +414,12 @@ def _describe(settings: Settings, parts: Sequence[Part], tokenizer: Any, texts: 
     model = {}
     if settings.shape is not None:
         config = shapes.config_of(settings.shape, tokenizer)
-        model = {"shape": dataclasses.asdict(config), "weights": "random", "num_slots": timed_replay.num_slots(texts)}
+        model = {
+            "name": settings.shape,
+            "shape": dataclasses.asdict(config),
+            "weights": "random",
+            "num_slots": timed_replay.num_slots(texts),
+        }
     return {
         "flags": given,
         "model": model,
@@ -481,12 +474,7 @@ def define_flags() -> None:
 
 def given_settings() -> Settings:
     values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
-    try:
-        budgets = tuple(int(text) for text in values["budgets"])
-    except ValueError as error:
-        raise ValueError(f"--budgets={','.join(values['budgets'])}: whole numbers are needed") from error
-    if not budgets or min(budgets) < 1 or len(set(budgets)) < len(budgets):
-        raise ValueError(f"--budgets={','.join(values['budgets'])}: different numbers of at least 1 are needed")
+    budgets = tuple(program.whole_numbers("budgets"))
     values["cache_dir"] = values["cache_dir"] or str(CACHE / "replay")
     values["methods"] = tuple(text.strip() for text in values["methods"])
     return Settings(**{**values, "budgets": budgets})

@@ -65,15 +65,12 @@ def random_model(name: str, tokenizer: Tokenizer, *, dtype: str | None = None, m
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 2, jnp.ones((1, 1, 1), bool))
     params = {}
     for index, (path, leaf) in enumerate(sorted(traverse_util.flatten_dict(shapes["params"]).items())):
-        # Without a mesh, arrays that are bound to no device: of one that is, a decoding's programs would be compiled twice.
-        where = None if mesh is None else sharding.parameter(mesh, config, path)
-        make = _maker(leaf.shape, leaf.dtype, where)
-        params[path] = make(index)
+        params[path] = _maker(leaf.shape, leaf.dtype, sharding.parameter(mesh, config, path))(index)
     return LM(config, model, traverse_util.unflatten_dict(params), tokenizer, name, config.max_context)
 
 
 @functools.cache
-def _maker(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding | None) -> Callable[[int], jax.Array]:
+def _maker(shape: tuple[int, ...], dtype: Any, where: jax.sharding.Sharding) -> Callable[[int], jax.Array]:
     """Makes a parameter on the devices: ones for a norm's weights, normal values for a matrix, others for each number."""
 
     def make(number: jax.Array) -> jax.Array:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tqdm
 
-from experiments import answers
+from experiments import answers, report
 from experiments.answers import Answer
 from experiments.questions import Question
 from experiments.traces import Turn
@@ -147,6 +147,32 @@ def decode(lm: LM, contender: Contender, text: Turn, num_slots: int, kept: Any) 
         place = f"turn {text.index + 1} of question {text.question_id!r}"
         raise RuntimeError(f"method {contender.label}, {place}: the tokens are not those of the record")
     return result, last.state.drafter if contender.drafter.renew is not None else None
+
+
+def write(
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    stored: Mapping[str, Sequence[Answer]],
+    notes: Sequence[str],
+    rivals: Mapping[str, Sequence[str]],
+) -> str:
+    """Writes the report, which says what a timed replay is. `facts` are those of config.json; the rest is `report.write`'s."""
+    where, model = facts["environment"], facts["model"]
+    named = model["name"]
+    lines = [
+        f"Not a trained model: {named} is a shape, its weights are random. It does all of its work (prefill, draft, "
+        "verification, commit), and recorded tokens stand in for those that it draws. So acceptance is that of the record "
+        "with any weights, and time is that of this shape on this device.",
+        f"{facts['num_turns']} turns of {facts['flags']['traces']}, {facts['num_tokens']} tokens, equal to the record in every "
+        f"method; {model['shape']['dtype']}, batch size 1, {model['num_slots']} cache slots; {where['device']} "
+        f"({where['num_cpus']} CPU cores), jax {where['jax']}.",
+        "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
+        "What a drafter has learned about acceptance passes from request to request; no answer is remembered.",
+        *notes,
+    ]
+    return report.write(
+        folder, f"Timed replay: the shape of {named}, random weights, recorded tokens", stored, [], lines, rivals
+    )
 
 
 def _length(text: Turn) -> int:

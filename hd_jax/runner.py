@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import budget, loop, sharding, step_costs
+from hd_jax import admission, budget, loop, sharding, step_costs
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
@@ -241,14 +241,14 @@ def run(
         request, tokens = request_for(texts), sharding.put(jnp.asarray(buffer), by_rows)
         span = (jnp.int32(num_cached), jnp.int32(num_chunks))
         cache = loop.prefill(lm.model, lm.params, cache, tokens, *span, chunk_size=prefill_chunk(), is_exact=options.exact)
-        drafter_state = loop.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
-        return loop.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
+        drafter_state = admission.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
+        return admission.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
 
     def admitted(state: loop.State, new: loop.State, places: Sequence[int]) -> loop.State:
         """The state with the new rows, each at a place of its part."""
         if is_replaced:
-            return loop.with_budget(new, settings, costs, drafter.num_nodes)
-        return loop.admit(lm.model, state, new, sharding.put(jnp.asarray(places, jnp.int32), by_rows))
+            return admission.with_budget(new, settings, costs, drafter.num_nodes)
+        return admission.admit(lm.model, state, new, sharding.put(jnp.asarray(places, jnp.int32), by_rows))
 
     def arguments(request: loop.Request, state: loop.State, max_steps: int, min_rows: int) -> tuple:
         host = sharding.put(loop.refresh(drafter, request, state), by_rows)
@@ -262,8 +262,8 @@ def run(
     clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
     request = request_for([filler] * num_places)._replace(costs=costs)
     new = started(cache, [filler] * num_parts, 0)
-    state = new if is_replaced else loop.widened(lm.model, new, part_size=part_size)
-    state = loop.with_budget(state, settings, costs, drafter.num_nodes)
+    state = new if is_replaced else admission.widened(lm.model, new, part_size=part_size)
+    state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if is_adaptive and options.budget == "adaptive":
         program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
         key = (lm.model, settings, sync_every, _shape_key((drafter, request, state)))
@@ -271,7 +271,7 @@ def run(
             _step_costs[key], state = step_costs.of_program(program, dispatch, request, state, sizes)
             state = state._replace(is_finished=jnp.ones_like(state.is_finished))
         costs = jnp.asarray(_step_costs[key], jnp.float32)
-        request, state = request._replace(costs=costs), loop.with_budget(state, settings, costs, drafter.num_nodes)
+        request, state = request._replace(costs=costs), admission.with_budget(state, settings, costs, drafter.num_nodes)
     if not is_replaced:
         state = admitted(state, new, nowhere)
     state, _ = dispatch(request, state, 0)
@@ -497,4 +497,4 @@ def fresh_drafter_state(lm: LM, drafter: Drafter) -> Any:
     """The state (of one row) of a drafter that has seen nothing but one token: for the shapes of a saved one."""
     options = Options(max_new_tokens=1)
     request = request_of(lm, [Row([0], 0)], options)
-    return loop.init_drafter(drafter, request, jnp.zeros((1, num_slots(2)), jnp.int32), None)
+    return admission.init_drafter(drafter, request, jnp.zeros((1, num_slots(2)), jnp.int32), None)

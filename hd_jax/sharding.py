@@ -201,10 +201,13 @@ def repeated(tree: Any, part_size: int, mesh: AnyMesh) -> Any:
 
 
 def put(tree: Any, where: NamedSharding | None) -> Any:
-    """The arrays of a tree, equal in every process, on the mesh; those that lie so already, and None, stay as they are."""
+    """The arrays of a tree, equal in every process, on the mesh; those that lie so already, and None, stay as they are.
 
+    Without a mesh they are bound to this process's first device, as what a program returns is: to arrays that are bound and to
+    those that are not, the same program would be compiled twice.
+    """
     if where is None:
-        return tree
+        return jax.device_put(tree, jax.local_devices()[0])
 
     def one(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == where:

@@ -15,7 +15,7 @@ from models.test_weights import assert_equal, export, random_params, shard
 from test_decode import DRAFTERS, MANY, PROMPTS
 from test_loop import _arguments, lower_for_gpus_and_tpus
 
-from hd_jax import decode, drafters, exactness, loop, sharding
+from hd_jax import admission, decode, drafters, exactness, loop, sharding
 from hd_jax.models import llama, weights
 from hd_jax.models.config import ModelConfig
 from hd_jax.runner import LM
@@ -110,7 +110,7 @@ def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
     assert not re.search(rf"\n.*= {cache}\S* copy\(", text[: text.index("ENTRY")])
     new, _ = _arguments(split, DRAFTERS[name], 2)
     places = sharding.put(jnp.zeros(2, jnp.int32), sharding.by_rows(split.model.mesh))
-    text = loop.admit.lower(split.model, arguments[6], new[6], places).compile().as_text()
+    text = admission.admit.lower(split.model, arguments[6], new[6], places).compile().as_text()
     assert re.search(cache, text) and not re.findall(pattern, text)  # a new row is where it belongs
 
 

@@ -412,6 +412,18 @@ def test_a_second_request_of_the_same_size_compiles_nothing(lm, caplog):
         assert not [m for m in compiled() if "prefill" in m]
 
 
+@pytest.mark.parametrize(("num_nodes", "options"), [(6, {}), (7, {"stop": "no such text"}), (8, {"budget": {1: 1.0, 4: 1.2}})])
+def test_a_loaded_models_first_request_compiles_each_program_once(lm, caplog, num_nodes, options):
+    """A loaded model's weights are bound to a device, and so is what a program makes of them."""
+    compiled = lambda name: [r for r in caplog.records if f"XLA compilation of jit({name})" in r.getMessage()]  # noqa: E731
+    bound = dataclasses.replace(lm, params=jax.device_put(lm.params, jax.devices()[0]))
+    with jax.log_compiles():
+        # As no other test does, and for more than one dispatch.
+        decode.generate(bound, PROMPTS[0], drafter=drafters.pld(num_nodes=num_nodes), max_new_tokens=200 + num_nodes, **options)
+    assert len(compiled("run_steps")) == 1
+    assert len(compiled("prefill")) <= 1 and len(compiled("init_drafter")) == 1  # prefill is the same for all drafters
+
+
 def test_taking_a_place_in_a_batch_compiles_nothing(lm, caplog):
     """All is compiled before the first step: by a batch for which no row waits, too."""
     compiled = lambda: [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]  # noqa: E731

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from hd_jax import draft_tree, drafters, loop, runner, sharding
+from hd_jax import admission, draft_tree, drafters, loop, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
@@ -35,10 +35,10 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
     tokens = jnp.zeros((num_rows, slots), jnp.int32).at[:, :9].set(jnp.asarray([3, 4, 5] * 3))
     tokens = sharding.put(tokens, sharding.by_rows(mesh))
     cache = empty_cache(lm.config, num_rows, slots, mesh)
-    drafter_state = loop.init_drafter(drafter, request, tokens, None, mesh=mesh)
+    drafter_state = admission.init_drafter(drafter, request, tokens, None, mesh=mesh)
     settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0, sizes=sizes)
-    state = loop.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
-    state = loop.with_budget(state, settings, request.costs, drafter.num_nodes)
+    state = admission.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
+    state = admission.with_budget(state, settings, request.costs, drafter.num_nodes)
     return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4), jnp.int32(1)), slots
 
 
@@ -65,7 +65,7 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, make, num_rows, ex
 
 def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):
     (arguments, slots), (alone, _) = (_arguments(lm, drafters.hd(order="c"), num_rows) for num_rows in (3, 1))
-    text = loop.admit.lower(lm.model, arguments[6], alone[6], jnp.zeros(1, jnp.int32)).compile().as_text()
+    text = admission.admit.lower(lm.model, arguments[6], alone[6], jnp.zeros(1, jnp.int32)).compile().as_text()
     shape = rf"f32\[3,{lm.config.num_kv_heads},{slots},{lm.config.head_dim}\]"
     assert re.search(shape, text), "the pattern finds no cache"
     assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text)
@@ -82,7 +82,7 @@ def test_a_row_is_admitted_in_its_place(lm, place):
     watched = state.budget.watched._replace(lengths=jnp.asarray([4, 5, 6]))
     state = state._replace(budget=state.budget._replace(gains=state.budget.gains + 1, watched=watched))
     before, new = jax.tree.map(np.asarray, state), alone[6]._replace(budget=None)
-    after = loop.admit(lm.model, state, new, jnp.asarray([place], jnp.int32))
+    after = admission.admit(lm.model, state, new, jnp.asarray([place], jnp.int32))
     row_of = lambda state, row: jax.tree.map(lambda x: x[row], state._replace(budget=None))  # noqa: E731
     for row in range(3):
         expected = row_of(new, 0) if row == place else row_of(before, row)
@@ -223,7 +223,8 @@ def test_a_replay_without_a_model_takes_the_steps_of_one_with_it(lm):
     request = with_model[4]
     state, record = loop.run_steps(*with_model[:7], jnp.int32(20), jnp.int32(1), sync_every=20)
     tokens = jnp.zeros((1, slots), jnp.int32).at[0, :9].set(jnp.asarray(text[:9]))
-    alone = loop.start(drafter, request, (), tokens, loop.init_drafter(drafter, request, tokens, None), loop.StepSettings())
+    drafter_state = admission.init_drafter(drafter, request, tokens, None)
+    alone = admission.start(drafter, request, (), tokens, drafter_state, loop.StepSettings())
     alone, record_alone = loop.run_steps(
         None, loop.StepSettings(), None, drafter, request, (), alone, jnp.int32(20), jnp.int32(1), sync_every=20
     )

@@ -45,9 +45,10 @@ Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: sharding.AnyMesh = None) -> Cache:
-    """Zeroed keys and values, [B, K, S, D] a layer."""
+    """Zeroed keys and values, [B, K, S, D] a layer, bound to their devices as the cache that a program returns is."""
     shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
-    zeros = lambda: jnp.zeros(shape, config.dtype, device=cache_sharding(config, mesh))  # noqa: E731
+    where = cache_sharding(config, mesh) or jax.local_devices()[0]
+    zeros = lambda: jnp.zeros(shape, config.dtype, device=where)  # noqa: E731
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
