@@ -184,12 +184,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
-    try:
-        sizes = sorted({int(text) for text in values.tokens})
-    except ValueError:
-        raise ValueError(f"--tokens={','.join(values.tokens)}: whole numbers are needed, as in 1000000,10000000") from None
-    if not sizes or sizes[0] < 1 or sizes[-1] >= 2**31:
-        raise ValueError(f"--tokens={','.join(values.tokens)}: sizes are from 1 to {2**31 - 1}")
+    sizes = sorted(program.whole_numbers("tokens", most=2**31 - 1))
     if not values.corpus.endswith((".txt", ".jsonl", ".jsonl.gz")) or not pathlib.Path(values.corpus).is_file():
         raise ValueError(f"--corpus={values.corpus}: there is no such .txt, .jsonl or .jsonl.gz file")
     if values.work_dir and not os.access(values.work_dir, os.W_OK):

@@ -34,6 +34,23 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def whole_numbers(name: str, least: int = 1, most: int | None = None) -> list[int]:
+    """The numbers of a list flag, in its order.
+
+    Raises:
+      ValueError: there is none, one is no whole number or not from `least` to `most`, or one is named twice.
+    """
+    texts: list[str] = flags.FLAGS[name].value or []
+    shown = f"--{name}={','.join(texts)}"
+    if not texts or not all(text.strip().isdecimal() for text in texts):
+        raise ValueError(f"{shown}: whole numbers are needed, as in --{name}=1,4,16")
+    found = [int(text) for text in texts]
+    if min(found) < least or (most is not None and max(found) > most) or len(set(found)) < len(found):
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{shown}: different numbers {span} are needed")
+    return found
+
+
 def define_mesh_flags() -> None:
     """Defines --mesh, and the flags of a run by several processes; see `join_processes`."""
     flags.DEFINE_string("mesh", None, "Devices: data=2,model=4 splits batches in 2 and the model in 4; by default one device.")

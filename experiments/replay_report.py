@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -101,9 +100,7 @@ def write(
     """
     rows = summarize(parts)
     for name, figure in zip(PLOTS, (_plot_by_task(rows), _plot_by_budget(rows, parts)), strict=True):
-        temporary = folder / f".{name}.png"
-        figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, folder / f"{name}.png")
+        report.write_figure(folder / f"{name}.png", figure)
     notes = [*_NOTES, *notes]
     tables = [("Mean accepted tokens", *_task_table(rows)), ("Cost, overall", *_cost_table(rows, parts))]
     if databases:

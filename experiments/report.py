@@ -216,9 +216,7 @@ def write(
         "acceptance": _plot_acceptance(rows),
     }
     for name, figure in plots.items():
-        temporary = folder / f".{name}.png"
-        figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, folder / f"{name}.png")
+        write_figure(folder / f"{name}.png", figure)
     notes = [
         *facts,
         f"{loops:.0%} of plain decoding's answers repeat an {LOOP_NGRAM}-gram: loops flatter every drafter.",
@@ -441,4 +439,11 @@ def write_file(path: pathlib.Path, text: str) -> None:
     """Writes beside the place and renames."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_figure(path: pathlib.Path, figure: matplotlib.figure.Figure) -> None:
+    """Writes a PNG file whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
     os.replace(temporary, path)

@@ -286,32 +286,22 @@ def define_flags() -> None:
     flags.DEFINE_string("output_dir", None, "Folder for step_cost.json, .md and .png; by default nothing is written.")
 
 
-def _numbers(name: str, least: int, most: int) -> list[int]:
-    texts: list[str] = flags.FLAGS[name].value or []
-    if not texts or not all(text.strip().isdecimal() for text in texts):
-        raise ValueError(f"--{name}={','.join(texts)}: whole numbers are needed, as in --{name}=1,4,16")
-    found = [int(text) for text in texts]
-    if min(found) < least or max(found) > most or len(set(found)) < len(found):
-        raise ValueError(f"--{name}={','.join(texts)}: different numbers from {least} to {most} are needed")
-    return found
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     if values.model and values.shape:
         raise ValueError("--model and --shape: give one of them")
-    sizes = _numbers("nodes", 1, runner.RESERVE)
+    sizes = program.whole_numbers("nodes", 1, runner.RESERVE)
     embedded = None
     if values.shape:
         embedded = tokenizers.load(decode.EMBEDDED)  # nothing of its text matters here
         most = shapes.SHAPES[values.shape].max_context - values.num_steps
-        contexts = _numbers("context", 1, most)
+        contexts = program.whole_numbers("context", 1, most)
         mesh = None if values.mesh is None else sharding.make_mesh(values.mesh)
         lm = shapes.random_model(values.shape, embedded, dtype=values.dtype, mesh=mesh)
     else:
         lm = decode.load(values.model, dtype=values.dtype, mesh=values.mesh)
-        contexts = _numbers("context", 1, lm.max_context - values.num_steps)
+        contexts = program.whole_numbers("context", 1, lm.max_context - values.num_steps)
     for name in values.drafters:
         if name not in drafters.MAKERS:
             raise ValueError(f"--drafters: there is no drafter {name!r}; there are: {', '.join(drafters.MAKERS)}")
@@ -325,7 +315,7 @@ def main(argv: Sequence[str]) -> None:
         parts = [f"# Cost of a step: {record['model']}", record["facts"]]
         parts += [f"## {title}\n\n{report.markdown(head, body)}" for title, head, body in tables]
         if len(sizes) > 1:
-            _plot(record).savefig(folder / "step_cost.png", dpi=120, format="png")
+            report.write_figure(folder / "step_cost.png", _plot(record))
             parts.append("![cost by nodes](step_cost.png)")
         report.write_file(folder / "step_cost.md", "\n\n".join(parts) + "\n")
         print(f"Written to {folder}")

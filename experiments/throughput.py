@@ -184,12 +184,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
-    try:
-        batch_sizes = [int(text) for text in values.batch_sizes]
-    except ValueError:
-        batch_sizes = []
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"--batch_sizes={','.join(values.batch_sizes)}: whole numbers of at least 1 are needed, as in 1,4,16")
+    batch_sizes = program.whole_numbers("batch_sizes")
     methods = run_config.parse_methods(values.methods)
     lm = decode.load(values.model, dtype=values.dtype)
     prompts = _prompts(lm, values.num_questions, values.max_new_tokens)
@@ -209,8 +204,7 @@ def main(argv: Sequence[str]) -> None:
         report.write_file(folder / "throughput.json", json.dumps(record, indent=1) + "\n")
         text = f"# Throughput\n\n{facts}\n\n{report.markdown(head, body)}\n\n![throughput](throughput.png)\n"
         report.write_file(folder / "throughput.md", text)
-        plot(rows).savefig(folder / ".throughput.png", dpi=120, format="png")
-        os.replace(folder / ".throughput.png", folder / "throughput.png")
+        report.write_figure(folder / "throughput.png", plot(rows))
         print(f"Written to {folder}")
 
 
