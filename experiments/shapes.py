@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from hd_jax import sharding
 from hd_jax.models import config as configs
+from hd_jax.models import llama
 from hd_jax.models.config import ModelConfig
 from hd_jax.models.llama import Llama
 from hd_jax.models.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def random_model(name: str, tokenizer: Tokenizer, *, dtype: str | None = None, m
     Raises:
       ValueError: there is no such shape, the tokenizer has more ids than its vocabulary, or the mesh does not divide it.
     """
-    config = dataclasses.replace(config_of(name, tokenizer, dtype), is_fused=mesh is None)
+    config = dataclasses.replace(llama.for_devices(config_of(name, tokenizer, dtype), mesh), is_fused=mesh is None)
     sharding.check(config, mesh)
     model = Llama(config, mesh=mesh)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 2, jnp.ones((1, 1, 1), bool))

@@ -73,6 +73,7 @@ def load(
     mesh = None if mesh is None else sharding.make_mesh(mesh)
     folder = weights.resolve(str(name)) if name is not None else EMBEDDED
     config, params = weights.load(folder, dtype, mesh)
+    config = llama.for_devices(config, mesh)
     if mesh is None:  # A mesh splits each matrix by itself.
         config, params = llama.fused(config, params)
     tokenizer = tokenizers.load(folder)

@@ -21,7 +21,7 @@ import numpy as np
 from hd_jax import draft_tree, loop, runner, sampling, sharding
 from hd_jax.drafters.base import Context, Drafter
 from hd_jax.drafters.none import none
-from hd_jax.models.llama import Llama, empty_cache
+from hd_jax.models.llama import Llama, empty_cache, write_rows
 from hd_jax.result import Result
 from hd_jax.runner import LM, Options, Row
 
@@ -164,7 +164,7 @@ def _chain_logits(
         starts = jnp.broadcast_to(start, num_rows)
         out: Any = model.apply({"params": params}, piece, positions, chain, cache, starts)
         logits, rows = out
-        return start + count, loop.write_rows(cache, rows, starts), logits[0, count - 1]
+        return start + count, write_rows(cache, rows, starts, model.config), logits[0, count - 1]
 
     carry = (first, cache, jnp.zeros(model.config.vocab_size, jnp.float32))
     logits = jax.lax.while_loop(lambda c: c[0] < end, body, carry)[2]

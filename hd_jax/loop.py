@@ -28,10 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import budget, draft_tree, sampling, sharding, verify
+from hd_jax import budget, draft_tree, ranking, sampling, sharding, verify
 from hd_jax.draft_tree import NO_NODE, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
-from hd_jax.models.llama import Cache, Llama, cache_sharding
+from hd_jax.models import llama
+from hd_jax.models.llama import Cache, Llama
 from hd_jax.sampling import Sampling, SamplingMode
 
 
@@ -67,7 +68,7 @@ class Logprobs(NamedTuple):
 class State(NamedTuple):
     """All that a step reads and writes."""
 
-    cache: Cache  # [B, K, S, D] a layer
+    cache: Cache
     tokens: jax.Array  # int32[B, S], committed up to `lengths`
     lengths: jax.Array  # int32[B], the root included
     is_finished: jax.Array  # bool[B]
@@ -98,18 +99,6 @@ class _Verified(NamedTuple):
     appended: jax.Array  # int32[B, P], the targets along the path
     rows: Cache  # [B, K, P, D] a layer, the path's
     logprobs: Logprobs | None  # [B, P], of the appended tokens
-
-
-def write_rows(cache: Cache, rows: Cache, slots: jax.Array) -> Cache:
-    """Writes [B, K, T, D] rows at each row's slot: int32[B]. The caller keeps T slots free behind it: writes are clamped."""
-
-    def write(array: jax.Array, new: jax.Array) -> jax.Array:
-        if array.shape[0] == 1:
-            return jax.lax.dynamic_update_slice(array, new, (0, 0, slots[0], 0))
-        one = lambda a, n, slot: jax.lax.dynamic_update_slice(a, n, (0, slot, 0))  # noqa: E731
-        return jax.vmap(one)(array, new, slots)
-
-    return tuple((write(k, nk), write(v, nv)) for (k, v), (nk, nv) in zip(cache, rows, strict=True))
 
 
 def _apply(model: Llama, params: Any, inputs: tuple, is_exact: bool, method: str | None = None) -> Any:
@@ -158,7 +147,8 @@ def prefill(
         positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
         starts = jnp.broadcast_to(start, num_rows)
         out: Any = _apply(model, params, (piece, positions, mask, cache, starts), is_exact, method="hidden")
-        return sharding.constrain(write_rows(cache, out[1], starts), cache_sharding(model.config, model.mesh))
+        written = llama.write_rows(cache, out[1], starts, model.config)
+        return sharding.constrain(written, llama.cache_sharding(model.config, model.mesh))
 
     return jax.lax.fori_loop(0, num_chunks, body, cache)
 
@@ -303,7 +293,7 @@ def _verify(
     length, width = drafter.max_depth + 1, drafter.num_nodes
     return _Verified(
         targets=_fit(targets, width, 1, NO_TOKEN),
-        argmax=_fit(targets if known is not None else jnp.argmax(logits, axis=-1).astype(jnp.int32), width, 1, NO_TOKEN),
+        argmax=_fit(targets if known is not None else ranking.argmax(logits), width, 1, NO_TOKEN),
         top_tokens=_fit(top_tokens, width, 1, NO_TOKEN),
         top_logits=_fit(top_logits, width, 1),
         nodes=_fit(path.nodes, length, 1, NO_NODE),
@@ -366,7 +356,7 @@ def step(
     # known to follow every layer's reading: else a pass of one node, whose row is there earlier, would copy the whole cache.
     slots = state.lengths - 1 + jnp.minimum(num_appended, 0)
     state = state._replace(
-        cache=write_rows(state.cache, verified.rows, slots),
+        cache=() if model is None else llama.write_rows(state.cache, verified.rows, slots, model.config),
         tokens=tokens,
         lengths=lengths,
         is_finished=state.is_finished | is_stopped | (lengths >= request.limits),
@@ -393,7 +383,7 @@ def step(
 def pinned(model: Llama, state: State) -> State:
     """The state as it lies on the model's mesh: so the next dispatch finds what it was compiled for."""
     rows = sharding.constrain(state._replace(cache=()), sharding.by_rows(model.mesh))
-    return rows._replace(cache=sharding.constrain(state.cache, cache_sharding(model.config, model.mesh)))
+    return rows._replace(cache=sharding.constrain(state.cache, llama.cache_sharding(model.config, model.mesh)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+BLOCK = 128  # values of which a CPU takes the maximum at once
 MAX_VALUES = 8192  # that a GPU ranks by comparing all with all
 
 
@@ -19,6 +20,27 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         values, cuda=lambda v: by_rank(v, k), default=lambda v: tuple(jax.lax.top_k(v, k))
     )
     return found, indices
+
+
+def argmax(values: jax.Array) -> jax.Array:
+    """The index of the first of the largest of [..., n] values, int32[...].
+
+    A CPU's vector units take maxima, but not XLA's reduction to an index: so that runs over the maxima of blocks, and then over
+    the values of one block.
+    """
+
+    def plain(values: jax.Array) -> jax.Array:
+        return jnp.argmax(values, axis=-1).astype(jnp.int32)
+
+    def by_block(values: jax.Array) -> jax.Array:
+        *rest, num_values = values.shape
+        padding = [(0, 0)] * len(rest) + [(0, -num_values % BLOCK)]
+        blocks = jnp.pad(values, padding, constant_values=-jnp.inf).reshape(*rest, -1, BLOCK)
+        best = plain(jnp.max(blocks, axis=-1))
+        block = jnp.take_along_axis(blocks, best[..., None, None], axis=-2)[..., 0, :]
+        return best * BLOCK + plain(block)
+
+    return jax.lax.platform_dependent(values, cpu=by_block, default=plain)
 
 
 def by_rank(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

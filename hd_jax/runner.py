@@ -18,7 +18,7 @@ from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
 from hd_jax.models.config import ModelConfig
-from hd_jax.models.llama import Cache, Llama, empty_cache
+from hd_jax.models.llama import Cache, Llama, empty_cache, with_slots
 from hd_jax.models.tokenizer import Tokenizer
 from hd_jax.result import NOT_DRAFTED, Result
 from hd_jax.sampling import Sampling, SamplingMode
@@ -210,10 +210,8 @@ def run(
     drafter = sharding.put(drafter, sharding.replicated(mesh))
     slots = num_slots(max(_limit(lm, row, options) for row in rows))
     cache = empty_cache(lm.config, num_parts, slots, mesh) if kept_cache is None else kept_cache
-    room = cache[0][0].shape[2]
-    if room < slots:
-        cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - room), (0, 0))), cache)
-    slots = max(room, slots)
+    slots = max(cache[0][1].shape[2], slots)
+    cache = with_slots(cache, slots, lm.config)
     sizes = pass_sizes(drafter, options)
     is_adaptive = len(sizes) > 1
     settings = loop.StepSettings(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hd_jax import ranking
+
 
 class SamplingMode(NamedTuple):
     """What the compiled program must be able to do (static)."""
@@ -108,4 +110,4 @@ def scores(
 
 def draw(*args, **kwargs) -> jax.Array:
     """int32[B, N]: the target token of every node; see `scores` for the arguments."""
-    return jnp.argmax(scores(*args, **kwargs), axis=-1).astype(jnp.int32)
+    return ranking.argmax(scores(*args, **kwargs))

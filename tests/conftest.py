@@ -29,7 +29,14 @@ class LetterTokenizer:
         return [t for m in messages for t in [0 if m["role"] == "user" else 2, *self.encode(m["content"])]] + [2]
 
 
-def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype: str = "float32", head_dim: int = 8) -> LM:
+def random_lm(
+    vocab_size: int = 48,
+    seed: int = 0,
+    max_context: int = 512,
+    dtype: str = "float32",
+    head_dim: int = 8,
+    is_feature_major: bool = True,
+) -> LM:
     """A random two-layer model with grouped heads, whose greedy texts repeat themselves now and then."""
     config = ModelConfig(
         vocab_size=vocab_size,
@@ -42,6 +49,7 @@ def random_lm(vocab_size: int = 48, seed: int = 0, max_context: int = 512, dtype
         max_context=max_context,
         is_head_tied=True,
         dtype=dtype,
+        is_feature_major=is_feature_major,
     )
     model = llama.Llama(config)
     one = jnp.zeros((1, 1), jnp.int32)
@@ -64,4 +72,5 @@ def lm() -> LM:
 
 @pytest.fixture(scope="session")
 def random_bfloat16_lm():
-    return random_lm(dtype="bfloat16", head_dim=32)
+    """Laid out as on an accelerator."""
+    return random_lm(dtype="bfloat16", head_dim=32, is_feature_major=False)

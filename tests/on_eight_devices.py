@@ -30,7 +30,8 @@ def on_mesh(lm: LM, mesh: str) -> LM:
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: sharding.put(x, sharding.parameter(made, lm.config, names(path))), lm.params
     )
-    return dataclasses.replace(lm, params=params, model=llama.Llama(lm.config, mesh=made))
+    config = llama.for_devices(lm.config, made)
+    return dataclasses.replace(lm, config=config, params=params, model=llama.Llama(config, mesh=made))
 
 
 # Two key/value heads: on model=4 every device holds both of them.

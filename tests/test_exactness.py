@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hd_jax import decode, drafters, exactness, verify
+from hd_jax.models import llama
 from hd_jax.models.llama import Llama
 from hd_jax.runner import Options, Row
 
@@ -112,15 +113,13 @@ def test_wrong_verifiers_come_out_unexplained(lm, monkeypatch, wrong_walk):
 
 def test_a_wrong_cache_comes_out_unexplained(lm, monkeypatch):
     """Committing rows in the tree's order instead of the path's: the mistake that copies of a cache make."""
-    from hd_jax import loop
-
     reference = decode.generate(lm, PROMPT, max_new_tokens=60)
     config = dataclasses.replace(lm.config, max_context=509)
-    write = loop.write_rows
+    write = llama.write_rows
     monkeypatch.setattr(
-        loop,
+        llama,
         "write_rows",
-        lambda cache, rows, slots: write(cache, tuple((k[:, :, ::-1], v[:, :, ::-1]) for k, v in rows), slots),
+        lambda cache, rows, *where: write(cache, tuple((k[:, :, ::-1], v[:, :, ::-1]) for k, v in rows), *where),
     )
     broken = dataclasses.replace(lm, config=config, model=Llama(config))
     drafter = drafters.hd(order="c", window=3, num_drafts=3, history=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -17,7 +18,7 @@ from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters import Drafter
-from hd_jax.models.llama import empty_cache
+from hd_jax.models.llama import Llama, empty_cache
 from hd_jax.runner import LM, Options, Row
 
 MAX_COPIED = 1 << 15  # bytes
@@ -42,6 +43,12 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
     return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4), jnp.int32(1)), slots
 
 
+def _cache_shapes(lm: LM, num_rows: int, slots: int) -> str:
+    """A pattern of the shapes of a cache's values and keys in a compiled program."""
+    width = lm.config.head_dim
+    return rf"f32\[{num_rows},{lm.config.num_kv_heads},(?:{slots},{width}|{width},{slots})\]"
+
+
 @pytest.mark.parametrize(
     ("make", "num_rows", "exact", "sizes"),
     [
@@ -54,7 +61,7 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
 def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, make, num_rows, exact, sizes):
     arguments, slots = _arguments(lm, make(), num_rows, exact, sizes)
     text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
-    shape = f"f32\\[{num_rows},{lm.config.num_kv_heads},{slots},{lm.config.head_dim}\\]"
+    shape = _cache_shapes(lm, num_rows, slots)
     body = text[: text.index("ENTRY")]  # every computation but the entry, so the loop's body among them
     assert re.search(rf"{shape}\S* dynamic-update-slice|{shape}\S* scatter|{shape}\S* fusion", body), (
         "the pattern finds no cache"
@@ -66,7 +73,7 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, make, num_rows, ex
 def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):
     (arguments, slots), (alone, _) = (_arguments(lm, drafters.hd(order="c"), num_rows) for num_rows in (3, 1))
     text = admission.admit.lower(lm.model, arguments[6], alone[6], jnp.zeros(1, jnp.int32)).compile().as_text()
-    shape = rf"f32\[3,{lm.config.num_kv_heads},{slots},{lm.config.head_dim}\]"
+    shape = _cache_shapes(lm, 3, slots)
     assert re.search(shape, text), "the pattern finds no cache"
     assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text)
 
@@ -152,7 +159,8 @@ def _hd_tree() -> Drafter:
 )
 def test_the_device_loop_lowers_for_gpus_and_tpus(lm, make, exact, sizes):
     """No callback, no host: the whole loop is one program on every platform."""
-    lower_for_gpus_and_tpus(lm, make(), exact, sizes)
+    config = dataclasses.replace(lm.config, is_feature_major=False)
+    lower_for_gpus_and_tpus(dataclasses.replace(lm, config=config, model=Llama(config)), make(), exact, sizes)
 
 
 def lower_for_gpus_and_tpus(lm: LM, drafter: Drafter, exact: bool, sizes: tuple[int, ...] = ()) -> export.Exported:
@@ -237,10 +245,11 @@ def test_a_replay_without_a_model_takes_the_steps_of_one_with_it(lm):
 def test_a_model_does_all_of_its_work_in_a_replay(lm):
     """Its head too, although nothing is drawn from it: what a timed replay measures is what decoding does."""
     arguments, _ = _arguments(lm, drafters.pld(), 1)
+    pattern = rf"= f32\[(?:{lm.config.vocab_size},\d+|[\d,]+,{lm.config.vocab_size})\]\S* (?:dot|fusion|custom-call)\("
     num_products = []  # of the vocabulary's width, or of the equally wide layers within
     for each in (arguments, _recorded(arguments, [[3] * 29])):
         text = loop.run_steps.lower(*each, sync_every=4).compile().as_text()
-        num_products.append(len(re.findall(rf"= f32\[[\d,]*{lm.config.vocab_size}\]\S* (?:dot|fusion|custom-call)\(", text)))
+        num_products.append(len(re.findall(pattern, text)))
     assert num_products[0] > 0, "the pattern finds nothing"
     assert num_products[0] == num_products[1]
 

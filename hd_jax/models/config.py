@@ -65,8 +65,14 @@ class ModelConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     use_qk_norm: bool = False
+    is_feature_major: bool = False  # activations [E, B, T], cached keys [B, K, D, S]: `llama.for_devices` says where
     is_fused: bool = False  # one matrix for queries, keys and values, and one for gate and up: `llama.fused` makes them
     dtype: str = "float32"  # of the parameters, the activations and the cache; norms, softmax and logits are float32
+
+    @property
+    def feature_axis(self) -> int:
+        """Of activations."""
+        return 0 if self.is_feature_major else -1
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:

@@ -40,16 +40,56 @@ from hd_jax.models.config import ModelConfig, RopeConfig
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
 PRECISION = jax.lax.Precision.HIGHEST
 
-# One (keys, values) pair a layer, each of the model's dtype: [B, K, S, D] in a cache, [B, K, T, D] for new tokens.
+# One (keys, values) pair a layer, each of the model's dtype: [B, K, S, D] in a cache, [B, K, T, D] for new tokens. The keys
+# of a cache may be turned, [B, K, D, S]: `ModelConfig.is_feature_major`.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: sharding.AnyMesh = None) -> Cache:
-    """Zeroed keys and values, [B, K, S, D] a layer, bound to their devices as the cache that a program returns is."""
+    """Zeroed keys and values, bound to their devices as the cache that a program returns is."""
     shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
+    key_shape = (*shape[:2], *reversed(shape[2:])) if config.is_feature_major else shape
     where = cache_sharding(config, mesh) or jax.local_devices()[0]
-    zeros = lambda: jnp.zeros(shape, config.dtype, device=where)  # noqa: E731
-    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+    zeros = functools.partial(jnp.zeros, dtype=config.dtype, device=where)
+    return tuple((zeros(key_shape), zeros(shape)) for _ in range(config.num_layers))
+
+
+def with_slots(cache: Cache, num_slots: int, config: ModelConfig) -> Cache:
+    """The cache with empty slots added behind its own, up to `num_slots`."""
+
+    if num_slots == cache[0][1].shape[2]:
+        return cache
+
+    def widen(array: jax.Array, axis: int) -> jax.Array:
+        padding = [(0, num_slots - size if index == axis else 0) for index, size in enumerate(array.shape)]
+        return jnp.pad(array, padding)
+
+    return tuple((widen(k, 3 if config.is_feature_major else 2), widen(v, 2)) for k, v in cache)
+
+
+def write_rows(cache: Cache, rows: Cache, slots: jax.Array, config: ModelConfig) -> Cache:
+    """Writes [B, K, T, D] rows at each row's slot: int32[B]. The caller keeps T slots free behind it: writes are clamped."""
+
+    def write(array: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        if array.shape[0] == 1:
+            return jax.lax.dynamic_update_slice_in_dim(array, new, slots[0], axis)
+        one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(one)(array, new, slots)
+
+    def write_keys(keys: jax.Array, new: jax.Array) -> jax.Array:
+        return write(keys, jnp.swapaxes(new, 2, 3), 3) if config.is_feature_major else write(keys, new, 2)
+
+    return tuple((write_keys(k, nk), write(v, nv, 2)) for (k, v), (nk, nv) in zip(cache, rows, strict=True))
+
+
+def for_devices(config: ModelConfig, mesh: sharding.AnyMesh) -> ModelConfig:
+    """The config with the layout that is fastest on this process's devices.
+
+    On a CPU that is the feature-major one. A product with few tokens is fastest there with the weight [out, in] as the left
+    operand, and activations that lie as it takes and leaves them; a cache's keys are rearranged in every step unless they are
+    [B, K, D, S]. A mesh splits the rows of [B, T, E].
+    """
+    return dataclasses.replace(config, is_feature_major=jax.default_backend() == "cpu" and mesh is None)
 
 
 def cache_sharding(config: ModelConfig, mesh: sharding.AnyMesh) -> jax.sharding.NamedSharding | None:
@@ -96,21 +136,21 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]
     return frequencies, 1.0
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, T, heads, D] by float32[B, T, D / 2] angles, pairing dimension i with i + D / 2 as Hugging Face does."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, axis: int) -> jax.Array:
+    """Rotates heads by float32 angles, of half their width, pairing dimension i with i + D / 2 as Hugging Face does."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=axis)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis).astype(x.dtype)
 
 
 def attend(
     q: jax.Array,  # [B, T, H, D]
     new: tuple[jax.Array, jax.Array],  # [B, K, T, D] twice
     self_mask: jax.Array,  # bool[B, T, T]
-    cached: tuple[jax.Array, jax.Array] | None,  # [B, K, S, D] twice
+    cached: tuple[jax.Array, jax.Array] | None,  # [B, K, S, D] twice, or turned keys [B, K, D, S]
     cache_lengths: jax.Array | None,  # int32[B]
     accumulate_dtype: Any,
     *,
+    is_feature_major: bool = False,
     mesh: sharding.AnyMesh = None,
 ) -> jax.Array:  # [B, T, H * D]
     """Softmax attention over cached and new keys, with scores and sums of `accumulate_dtype`.
@@ -119,8 +159,8 @@ def attend(
     it, and elsewhere, `_attend`.
     """
     q = q * (q.shape[-1] ** -0.5)
-    blockwise = functools.partial(_attend, accumulate_dtype=accumulate_dtype)
-    is_plain = mesh is None and accumulate_dtype == jnp.float32
+    blockwise = functools.partial(_attend, accumulate_dtype=accumulate_dtype, is_feature_major=is_feature_major)
+    is_plain = mesh is None and accumulate_dtype == jnp.float32 and not is_feature_major
     if is_plain and cached is not None and gpu_attention.is_possible(q.shape[-1], cached[0].shape[2], q.dtype):
         out = jax.lax.platform_dependent(q, new, self_mask, cached, cache_lengths, cuda=gpu_attention.attend, default=blockwise)
     else:
@@ -128,16 +168,16 @@ def attend(
     return out.astype(new[0].dtype).reshape(*q.shape[:2], -1)
 
 
-def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype) -> jax.Array:  # [B, T, H, D]
+def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype, is_feature_major) -> jax.Array:  # [B, T, H, D]
     """Of scaled queries: cached and new keys as two blocks under one maximum, so that the cache is never concatenated."""
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_groups = new[0].shape[1]
     q = q.reshape(num_rows, num_tokens, num_groups, num_heads // num_groups, head_dim)
     q = jnp.transpose(q, (0, 2, 3, 1, 4))  # [B, K, H / K, T, D]
-    blocks = [(*new, self_mask[:, None, None, :, :])]
+    blocks = [("bksd", *new, self_mask[:, None, None, :, :])]
     if cached is not None:
-        is_committed = jnp.arange(cached[0].shape[2])[None, :] < cache_lengths[:, None]
-        blocks.append((*cached, is_committed[:, None, None, None, :]))
+        is_committed = jnp.arange(cached[1].shape[2])[None, :] < cache_lengths[:, None]
+        blocks.append(("bkds" if is_feature_major else "bksd", *cached, is_committed[:, None, None, None, :]))
     # bfloat16 operands go into a product as they are: so matrix units take them, and no copy of the cache is made.
     is_narrow = new[0].dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32
     operand_dtype = jnp.bfloat16 if is_narrow else accumulate_dtype
@@ -147,87 +187,107 @@ def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype) -> ja
         return jnp.einsum(subscripts, *operands, precision=PRECISION, preferred_element_type=accumulate_dtype)
 
     lowest = jnp.finfo(accumulate_dtype).min
-    scores = [jnp.where(mask, product("bkgtd,bksd->bkgts", q, k), lowest) for k, _, mask in blocks]
+    scores = [jnp.where(mask, product(f"bkgtd,{axes}->bkgts", q, k), lowest) for axes, k, _, mask in blocks]
     peak = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
     weights = [jnp.exp(s - peak) for s in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    values = sum(product("bkgts,bksd->bkgtd", w, v) for w, (_, v, _) in zip(weights, blocks, strict=True))
+    values = sum(product("bkgts,bksd->bkgtd", w, v) for w, (_, _, v, _) in zip(weights, blocks, strict=True))
     out = jnp.transpose(jnp.divide(values, total), (0, 3, 1, 2, 4))
     return out.reshape(num_rows, num_tokens, num_heads, head_dim)
 
 
+def multiply(x: jax.Array, weight: jax.Array, axis: int = -1) -> jax.Array:
+    """The product with a weight [out, in], summed in float32 over an axis of x, the last or the first, that `out` replaces."""
+    left, right, contracted = (x, weight, (x.ndim - 1, 1)) if axis == -1 else (weight, x, (1, 0))
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def _along(vector: jax.Array, axis: int, num_axes: int) -> jax.Array:
+    """The vector with axes of size one, so that it multiplies an array along one axis."""
+    return jnp.expand_dims(vector, [index for index in range(num_axes) if index != axis % num_axes])
+
+
 class Linear(nn.Module):
-    """`x @ W^T + b` with the weight stored [out, in], as Hugging Face stores it."""
+    """`W x + b` along an axis of x, with the weight stored [out, in], as Hugging Face stores it."""
 
     features: int
     use_bias: bool = False
     dtype: Any = jnp.float32
-    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    axis: int = -1
+    multiply_fn: Callable[..., jax.Array] = multiply
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-        weight = self.param("weight", init, (self.features, x.shape[-1]), self.dtype)
-        out = self.dot_general(
-            x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=PRECISION, preferred_element_type=jnp.float32
-        )
+        weight = self.param("weight", init, (self.features, x.shape[self.axis]), self.dtype)
+        out = self.multiply_fn(x, weight, self.axis)
         if self.use_bias:
-            out = out + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype).astype(jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            out = out + _along(bias.astype(jnp.float32), self.axis, out.ndim)
         return out.astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
     eps: float
     dtype: Any = jnp.float32
+    axis: int = -1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        weight = self.param("weight", nn.initializers.ones, (x.shape[self.axis],), self.dtype)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return weight * wide.astype(x.dtype)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=self.axis, keepdims=True) + self.eps)
+        return _along(weight, self.axis, x.ndim) * wide.astype(x.dtype)
 
 
 class Attention(nn.Module):
     config: ModelConfig
-    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    multiply_fn: Callable[..., jax.Array] = multiply
     attend_fn: Callable[..., jax.Array] = attend
 
     @nn.compact
     def __call__(self, x, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype):
         c = self.config
-        num_rows, num_tokens, _ = x.shape
+        # Heads lie beside each other in the features: [B, T, heads, D], or [heads, D, B, T].
+        head_axis, width_axis = (0, 1) if c.is_feature_major else (2, 3)
 
         def project(name: str, num_heads: int) -> jax.Array:
-            out = Linear(num_heads * c.head_dim, c.attention_bias, c.dtype, self.dot_general, name=name)(x)
-            return out.reshape(num_rows, num_tokens, num_heads, c.head_dim)
+            out = Linear(num_heads * c.head_dim, c.attention_bias, c.dtype, c.feature_axis, self.multiply_fn, name=name)(x)
+            heads = (num_heads, c.head_dim)
+            return out.reshape(*heads, *x.shape[1:]) if c.is_feature_major else out.reshape(*x.shape[:2], *heads)
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(c.rms_norm_eps, c.dtype, width_axis, name=name)
 
         if c.is_fused:
             joined = project("qkv_proj", c.num_heads + 2 * c.num_kv_heads)
-            q, k, v = jnp.split(joined, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2)
+            q, k, v = jnp.split(joined, (c.num_heads, c.num_heads + c.num_kv_heads), axis=head_axis)
         else:
             q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
         if c.use_qk_norm:
-            q, k = RMSNorm(c.rms_norm_eps, c.dtype, name="q_norm")(q), RMSNorm(c.rms_norm_eps, c.dtype, name="k_norm")(k)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = norm("q_norm")(q), norm("k_norm")(k)
+        q, k = _rotate(q, cos, sin, width_axis), _rotate(k, cos, sin, width_axis)
+        if c.is_feature_major:
+            q, k, v = (jnp.transpose(array, (2, 3, 0, 1)) for array in (q, k, v))
         new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-        out = self.attend_fn(q, new, self_mask, cached, cache_lengths, accumulate_dtype)
-        return Linear(c.hidden_size, c.attention_out_bias, c.dtype, self.dot_general, name="o_proj")(out), new
+        out = jnp.moveaxis(self.attend_fn(q, new, self_mask, cached, cache_lengths, accumulate_dtype), -1, c.feature_axis)
+        return Linear(c.hidden_size, c.attention_out_bias, c.dtype, c.feature_axis, self.multiply_fn, name="o_proj")(out), new
 
 
 class MLP(nn.Module):
     config: ModelConfig
-    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    multiply_fn: Callable[..., jax.Array] = multiply
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
 
         def linear(name: str, width: int) -> Linear:
-            return Linear(width, c.mlp_bias, c.dtype, self.dot_general, name=name)
+            return Linear(width, c.mlp_bias, c.dtype, c.feature_axis, self.multiply_fn, name=name)
 
         if c.is_fused:
-            gate, up = jnp.split(linear("gate_up_proj", 2 * c.intermediate_size)(x), 2, axis=-1)
+            gate, up = jnp.split(linear("gate_up_proj", 2 * c.intermediate_size)(x), 2, axis=c.feature_axis)
         else:
             gate, up = linear("gate_proj", c.intermediate_size)(x), linear("up_proj", c.intermediate_size)(x)
         return linear("down_proj", c.hidden_size)(nn.silu(gate) * up)
@@ -235,7 +295,7 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     config: ModelConfig
-    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    multiply_fn: Callable[..., jax.Array] = multiply
     attend_fn: Callable[..., jax.Array] = attend
 
     @nn.compact
@@ -243,23 +303,23 @@ class Layer(nn.Module):
         c = self.config
 
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(c.rms_norm_eps, c.dtype, name=name)
+            return RMSNorm(c.rms_norm_eps, c.dtype, c.feature_axis, name=name)
 
-        attention = Attention(c, self.dot_general, self.attend_fn, name="self_attn")
+        attention = Attention(c, self.multiply_fn, self.attend_fn, name="self_attn")
         attended, new = attention(norm("input_layernorm")(x), *attention_args)
         x = x + attended
-        return x + MLP(c, self.dot_general, name="mlp")(norm("post_attention_layernorm")(x)), new
+        return x + MLP(c, self.multiply_fn, name="mlp")(norm("post_attention_layernorm")(x)), new
 
 
 class Llama(nn.Module):
     """Llama, Mistral, Qwen2 and Qwen3; parameter names are Hugging Face's, nested (see `models.weights`).
 
-    `dot_general` replaces every product with a weight and `attend_fn` replaces `attend`: training passes its own.
+    `multiply_fn` replaces `multiply`, every product with a weight, and `attend_fn` replaces `attend`: training passes its own.
     `mesh` is the one that parameters and cache are split over.
     """
 
     config: ModelConfig
-    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    multiply_fn: Callable[..., jax.Array] = multiply
     attend_fn: Callable[..., jax.Array] = attend
     mesh: sharding.AnyMesh = None
 
@@ -268,9 +328,11 @@ class Llama(nn.Module):
         init = nn.initializers.normal(0.02)
         shape = (c.vocab_size, c.hidden_size)
         self.embed_tokens = self.param("embed_tokens", init, shape, c.dtype)
-        attend_fn = self.attend_fn if self.mesh is None else functools.partial(self.attend_fn, mesh=self.mesh)
-        self.layers = [Layer(c, self.dot_general, attend_fn) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps, c.dtype)
+        attend_fn = self.attend_fn
+        if attend_fn is attend:
+            attend_fn = functools.partial(attend, is_feature_major=c.is_feature_major, mesh=self.mesh)
+        self.layers = [Layer(c, self.multiply_fn, attend_fn) for _ in range(c.num_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, c.dtype, c.feature_axis)
         self.lm_head = self.embed_tokens if c.is_head_tied else self.param("lm_head", init, shape, c.dtype)
 
     def hidden(
@@ -293,14 +355,20 @@ class Llama(nn.Module):
           accumulate_dtype: of scores, softmax and weighted sums; float64 makes them independent of the slots' order.
 
         Returns:
-          The normalised last hidden states, [B, T, E], and the new tokens' keys and values.
+          The normalised last hidden states, [B, T, E] or, feature-major, [E, B, T], and the new tokens' keys and values.
         """
         c = self.config
         frequencies, scale = rope_frequencies(c.rope, c.head_dim)
-        angles = positions[..., None].astype(jnp.float32) * frequencies
-        cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+        turn = lambda angles: (jnp.cos(angles) * scale, jnp.sin(angles) * scale)  # noqa: E731
+        if c.is_feature_major:
+            angles = frequencies[None, :, None, None] * positions.astype(jnp.float32)
+            # A branch's results are kept. Otherwise, on a CPU, every layer computes its own, barriers or not.
+            cos, sin = jax.lax.cond(positions[0, 0] >= 0, turn, lambda angles: (angles, angles), angles)
+        else:
+            cos, sin = turn(positions[:, :, None, None].astype(jnp.float32) * frequencies)
         by_rows, by_heads = sharding.by_rows(self.mesh), cache_sharding(c, self.mesh)
-        x = sharding.constrain(jnp.take(self.embed_tokens, tokens, axis=0), by_rows)
+        embedded = sharding.constrain(jnp.take(self.embed_tokens, tokens, axis=0), by_rows)
+        x = jnp.moveaxis(embedded, -1, c.feature_axis)
         rows = []
         for index, layer in enumerate(self.layers):
             cached = None if cache is None else sharding.constrain(cache[index], by_heads)
@@ -310,9 +378,8 @@ class Llama(nn.Module):
         return self.norm(x), tuple(rows)
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """Logits, float32[..., V], of hidden states [..., E]."""
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        logits = self.dot_general(hidden, self.lm_head, contract, precision=PRECISION, preferred_element_type=jnp.float32)
+        """Logits, float32[B, T, V], of what `hidden` returns."""
+        logits = jnp.moveaxis(self.multiply_fn(hidden, self.lm_head, self.config.feature_axis), self.config.feature_axis, -1)
         # In two steps: in one, the compiler may gather the head's weights rather than the logits.
         is_split = sharding.named(self.mesh, self.config, "rows", *[None] * (hidden.ndim - 2), "vocab")
         return sharding.constrain(sharding.constrain(logits, is_split), sharding.by_rows(self.mesh))

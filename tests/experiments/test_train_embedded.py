@@ -82,7 +82,7 @@ def _batch() -> dict:
 def test_training_products_and_attention_have_the_models_gradients():
     """Within the rounding of bfloat16: 5% of each gradient's norm. Without the mask of segments they are far off."""
     plain = llama.Llama(CONFIG)
-    fast = llama.Llama(CONFIG, train_embedded.training_dot_general, train_embedded.training_attend)
+    fast = llama.Llama(CONFIG, train_embedded.training_multiply, train_embedded.training_attend)
     one = jnp.zeros((1, 1), jnp.int32)
     params = plain.init(jax.random.key(0), one, one, jnp.ones((1, 1, 1), bool))["params"]
     gradient = jax.jit(jax.grad(lambda p, m, b: train_embedded.loss_fn(p, m, b)[0]), static_argnums=1)

@@ -30,7 +30,7 @@ def test_the_kernel_computes_what_attention_is(sizes):
     q, new, mask, cached, lengths = inputs(*sizes)
     found = gpu_attention.attend(q, new, mask, cached, lengths, interpret=True)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, new, cached))
-    expected = llama._attend(wide[0], wide[1], mask, wide[2], lengths, accumulate_dtype=jnp.float32)
+    expected = llama._attend(wide[0], wide[1], mask, wide[2], lengths, accumulate_dtype=jnp.float32, is_feature_major=False)
     assert found.dtype == jnp.float32
     # Weights are rounded to bfloat16, which keeps 8 bits.
     np.testing.assert_allclose(found, expected, atol=2**-8 * float(jnp.max(jnp.abs(expected))))

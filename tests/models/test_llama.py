@@ -36,13 +36,16 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 BANDS = {"factor": 4.0, "original_max_position_embeddings": 16}
-VARIANTS = {
+VARIANTS = {  # those that end in "features" are laid out feature-major
     "llama": ("Llama", {}),
+    "llama-features": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-biases-features": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
+    "qwen3-features": ("Qwen3", {}),
     "linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "llama3": ("Llama", {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | BANDS}),
@@ -77,7 +80,7 @@ class Pair:
     params: dict
     prompts: np.ndarray  # int32[2, 12]; the second ends at LENGTHS[1]
     logits: jax.Array  # float32[2, 12, V] of the prompts
-    cache: llama.Cache  # [2, K, NUM_SLOTS, D] a layer; numpy arrays
+    cache: llama.Cache  # of NUM_SLOTS slots; numpy arrays
 
     def reference(self, tokens) -> np.ndarray:
         """float32[T, V], transformers' logits of one sequence."""
@@ -99,14 +102,16 @@ def prefill(model: llama.Llama, params: dict, prompts: np.ndarray) -> tuple[jax.
     mask = np.tril(np.ones((2, num_tokens, num_tokens), bool))
     logits, rows = run(model, params, prompts, positions, mask, cache, np.zeros(2, np.int32))
     for row, length in enumerate(LENGTHS):
-        write(cache, rows, row, length, 0)
+        write(cache, rows, row, length, 0, model.config.is_feature_major)
     return logits, cache
 
 
-def write(cache: llama.Cache, rows: llama.Cache, row: int, count: int, slot: int) -> None:
+def write(cache: llama.Cache, rows: llama.Cache, row: int, count: int, slot: int, is_feature_major: bool) -> None:
     """Copies the first `count` new tokens of one row of the batch into its slots from `slot` on."""
-    for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(rows), strict=True):
-        old[row, :, slot : slot + count] = new[row, :, :count]
+    for (keys, values), (new_keys, new_values) in zip(cache, rows, strict=True):
+        keys = np.swapaxes(keys, 2, 3) if is_feature_major else keys
+        keys[row, :, slot : slot + count] = new_keys[row, :, :count]
+        values[row, :, slot : slot + count] = new_values[row, :, :count]
 
 
 def make_hf(kind: str, options: dict) -> transformers.PreTrainedModel:
@@ -128,6 +133,7 @@ def pair(request, tmp_path_factory) -> Pair:
     folder = tmp_path_factory.mktemp("model")
     hf.save_pretrained(folder)
     config, params = weights.load_hf(folder, "float32")
+    config = dataclasses.replace(config, is_feature_major=request.param.endswith("features"))
     model = llama.Llama(config)
     prompts = np.random.default_rng(0).integers(config.vocab_size, size=(2, max(LENGTHS)), dtype=np.int32)
     logits, cache = prefill(model, params, prompts)
@@ -160,7 +166,7 @@ def test_cached_steps_equal_transformers(pair):
         logits, rows = run(pair.model, pair.params, token, lengths[:, None], np.ones((2, 1, 1), bool), cache, lengths)
         for row in range(2):
             np.testing.assert_allclose(logits[row, 0], expected[row][step], rtol=0, atol=TOLERANCE)
-            write(cache, rows, row, 1, int(lengths[row]))
+            write(cache, rows, row, 1, int(lengths[row]), pair.model.config.is_feature_major)
 
 
 def test_tree_equals_its_paths_run_alone(pair):
