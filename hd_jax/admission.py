@@ -42,23 +42,31 @@ def start(
 
     Steps donate their state: what the caller keeps besides is copied.
     """
+    state = _before_text(drafter, request, tokens, settings, mesh=mesh)._replace(cache=cache, drafter=drafter_state)
+    return sharding.put(state, None) if mesh is None else state
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"))
+def _before_text(
+    drafter: Drafter, request: Request, tokens: jax.Array, settings: StepSettings, *, mesh: sharding.AnyMesh
+) -> State:
+    """As `start`, with neither cache nor the drafter's state, which pass through no program: they are large."""
     num_rows, num_slots = tokens.shape
-    full = functools.partial(jnp.full, device=sharding.by_rows(mesh))
     logprobs = None
     if settings.num_logprobs:
         top = (num_rows, num_slots, settings.num_logprobs)
-        logprobs = Logprobs(full((num_rows, num_slots), 0.0), full(top, 0.0), full(top, NO_TOKEN, jnp.int32))
+        logprobs = Logprobs(jnp.zeros((num_rows, num_slots)), jnp.zeros(top), jnp.full(top, NO_TOKEN, jnp.int32))
     state = State(
-        cache=cache,
-        tokens=jnp.array(tokens),
-        lengths=jnp.array(request.prompt_lengths),
+        cache=(),
+        tokens=tokens,
+        lengths=request.prompt_lengths,
         is_finished=request.prompt_lengths >= request.limits,
-        sources=full((num_rows, num_slots), NO_SOURCE, jnp.int8),
-        drafter=drafter_state,
-        counts=full((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), 0, jnp.int32),
+        sources=jnp.full((num_rows, num_slots), NO_SOURCE, jnp.int8),
+        drafter=(),
+        counts=jnp.zeros((num_rows, 2, len(drafter.source_names), drafter.max_depth + 1), jnp.int32),
         logprobs=logprobs,
     )
-    return sharding.put(state, None) if mesh is None else state
+    return sharding.constrain(state, sharding.by_rows(mesh))
 
 
 def with_budget(state: State, settings: StepSettings, costs: jax.Array | None, num_nodes: int) -> State:

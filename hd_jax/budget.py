@@ -17,6 +17,7 @@ most a ninth of the time, and a thirty-third in the end.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,11 +63,12 @@ def sizes_of(num_nodes: int) -> tuple[int, ...]:
     return tuple(sorted({1, *(size for size in SIZES if size * MIN_RATIO < num_nodes), num_nodes}))
 
 
-def start(sizes: Sequence[int], costs: jax.Array, num_rows: int, num_nodes: int) -> State:
+@functools.partial(jax.jit, static_argnames=("sizes", "num_rows", "num_nodes"))
+def start(sizes: tuple[int, ...], costs: jax.Array, num_rows: int, num_nodes: int) -> State:
     """Before the first step.
 
     Args:
-      sizes: Z of them.
+      sizes: Z of them; this and the last two are static.
       costs: float32[Z], of a step of each size, in any unit.
       num_rows: B.
       num_nodes: N.

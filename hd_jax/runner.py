@@ -373,8 +373,8 @@ def check_prompt(lm: LM, tokens: Any) -> list[int]:
 
 
 def request_of(lm: LM, rows: Sequence[Row], options: Options) -> loop.Request:
-    """The rows as the loop takes them, [B] each. Raises ValueError where some have a record and others have none."""
-    recorded = None
+    """The rows as the loop takes them, numpy arrays. Raises ValueError where some have a record and others have none."""
+    recorded: Any = None
     if any(row.recorded is not None for row in rows):
         recorded = np.full((len(rows), lm.max_context), NO_TOKEN, np.int32)
         for index, row in enumerate(rows):
@@ -385,10 +385,10 @@ def request_of(lm: LM, rows: Sequence[Row], options: Options) -> loop.Request:
     stop = list(lm.tokenizer.eos_ids) if options.ends_at_stop_tokens and recorded is None else []
     return loop.Request(
         sampling=sampling_of(rows, options),
-        prompt_lengths=jnp.asarray([len(row.prompt) for row in rows], jnp.int32),
-        limits=jnp.asarray([_limit(lm, row, options) for row in rows], jnp.int32),
-        stop_tokens=jnp.asarray([stop or [NO_TOKEN]] * len(rows), jnp.int32),
-        recorded=None if recorded is None else jnp.asarray(recorded),
+        prompt_lengths=_host_array([len(row.prompt) for row in rows], np.int32),
+        limits=_host_array([_limit(lm, row, options) for row in rows], np.int32),
+        stop_tokens=_host_array([stop or [NO_TOKEN]] * len(rows), np.int32),
+        recorded=recorded,
     )
 
 
@@ -403,15 +403,20 @@ def sampling_mode(lm: LM, options: Options) -> SamplingMode:
 
 
 def sampling_of(rows: Sequence[Row], options: Options) -> Sampling:
-    """The rows' sampling settings, [B] each."""
-    every = np.ones(len(rows))
+    """The rows' sampling settings, numpy arrays of [B] each."""
+    num_rows = len(rows)
     return Sampling(
-        temperature=jnp.asarray(every * options.temperature, jnp.float32),
-        top_k=jnp.asarray(every * options.top_k, jnp.int32),
-        top_p=jnp.asarray(every * options.top_p, jnp.float32),
-        seeds=jnp.asarray([row.seed for row in rows], jnp.uint32),
-        samples=jnp.asarray([row.sample for row in rows], jnp.uint32),
+        temperature=_host_array([options.temperature] * num_rows, np.float32),
+        top_k=_host_array([options.top_k] * num_rows, np.int32),
+        top_p=_host_array([options.top_p] * num_rows, np.float32),
+        seeds=_host_array([row.seed for row in rows], np.uint32),
+        samples=_host_array([row.sample for row in rows], np.uint32),
     )
+
+
+def _host_array(values: Any, dtype: Any) -> Any:
+    """An array on the host: all of a request go to the device in one call."""
+    return np.array(values, dtype)
 
 
 def _shape_key(tree: Any) -> Hashable:

@@ -47,11 +47,16 @@ Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, mesh: sharding.AnyMesh = None) -> Cache:
     """Zeroed keys and values, bound to their devices as the cache that a program returns is."""
+    cache = _zeros(config, num_rows, num_slots, mesh)
+    return sharding.put(cache, None) if mesh is None else cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zeros(config: ModelConfig, num_rows: int, num_slots: int, mesh: sharding.AnyMesh) -> Cache:
     shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
     key_shape = (*shape[:2], *reversed(shape[2:])) if config.is_feature_major else shape
-    where = cache_sharding(config, mesh) or jax.local_devices()[0]
-    zeros = functools.partial(jnp.zeros, dtype=config.dtype, device=where)
-    return tuple((zeros(key_shape), zeros(shape)) for _ in range(config.num_layers))
+    cache = tuple((jnp.zeros(key_shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
+    return sharding.constrain(cache, cache_sharding(config, mesh))
 
 
 def with_slots(cache: Cache, num_slots: int, config: ModelConfig) -> Cache:
