@@ -12,7 +12,8 @@ drafter's draft and update, as they run within the loop.
 All that is timed takes turns, round by round, so that a machine that other work slows down for a while slows all of it alike;
 medians over the rounds are reported. --transformers adds Hugging Face transformers (torch, the same weights, or random ones
 of the shape): a forward pass of one token, and `generate` per token. For the embedded model it also compares whole answers to
-the embedded questions: `generate` plain and with prompt lookup, and hd_jax's plain decoding and `hd_tree`.
+the embedded questions: `generate` plain and with prompt lookup, and hd_jax's plain decoding and `hd_tree`, with
+a fixed number of nodes and with an adaptive budget.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from hd_jax.runner import LM, Options, Row
 COPY_BYTES = 2**31  # of the array whose copy is timed, on an accelerator; a 32nd of it on a CPU
 MATMUL_SIZE = 8192  # of the square matrices whose product is timed, on an accelerator; a 16th of it on a CPU
 LOOKUP_TOKENS = 10  # of transformers' prompt lookup, as Spec-Bench sets it for Vicuna
-HD_TREE_NODES = 16  # of hd_tree beside transformers, with an adaptive budget
+HD_TREE_NODES, HD_TREE_MOST = 8, 16  # of hd_tree beside transformers, alone and with an adaptive budget
 
 
 @functools.lru_cache
@@ -214,7 +215,7 @@ def transformers_step(model: Any, prompt: Sequence[int], num_steps: int) -> tupl
 
 
 def answers_beside_transformers(lm: LM, model: Any, num_questions: int, max_new_tokens: int) -> dict[str, dict[str, Any]]:
-    """Whole answers to the embedded questions, the first ones of each task, prompt included, by four ways in turns.
+    """Whole answers to the embedded questions, the first ones of each task, prompt included, by five ways in turns.
 
     Returns:
       By way: "tokens_per_second", total tokens over total seconds, "seconds", "tokens", and "same_texts", how many of the
@@ -250,7 +251,10 @@ def answers_beside_transformers(lm: LM, model: Any, num_questions: int, max_new_
         "transformers, generate": by_transformers,
         "transformers, prompt lookup": functools.partial(by_transformers, prompt_lookup_num_tokens=LOOKUP_TOKENS),
         "hd_jax, plain": by_us,
-        "hd_jax, hd_tree": functools.partial(by_us, drafter="hd_tree", num_nodes=HD_TREE_NODES, budget="adaptive"),
+        f"hd_jax, hd_tree of {HD_TREE_NODES} nodes": functools.partial(by_us, drafter="hd_tree", num_nodes=HD_TREE_NODES),
+        f"hd_jax, hd_tree of up to {HD_TREE_MOST}": functools.partial(
+            by_us, drafter="hd_tree", num_nodes=HD_TREE_MOST, budget="adaptive"
+        ),
     }
     for prompt in prompts:  # compiles, and warms up
         for way in ways.values():
