@@ -58,8 +58,8 @@ def _before_text(
         logprobs = Logprobs(jnp.zeros((num_rows, num_slots)), jnp.zeros(top), jnp.full(top, NO_TOKEN, jnp.int32))
     state = State(
         cache=(),
-        tokens=tokens,
-        lengths=request.prompt_lengths,
+        tokens=jnp.array(tokens),  # copies, or a program would hand its arguments on
+        lengths=jnp.array(request.prompt_lengths),
         is_finished=request.prompt_lengths >= request.limits,
         sources=jnp.full((num_rows, num_slots), NO_SOURCE, jnp.int8),
         drafter=(),

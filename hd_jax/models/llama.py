@@ -61,7 +61,6 @@ def _zeros(config: ModelConfig, num_rows: int, num_slots: int, mesh: sharding.An
 
 def with_slots(cache: Cache, num_slots: int, config: ModelConfig) -> Cache:
     """The cache with empty slots added behind its own, up to `num_slots`."""
-
     if num_slots == cache[0][1].shape[2]:
         return cache
 
@@ -203,9 +202,10 @@ def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype, is_fe
 
 def multiply(x: jax.Array, weight: jax.Array, axis: int = -1) -> jax.Array:
     """The product with a weight [out, in], summed in float32 over an axis of x, the last or the first, that `out` replaces."""
-    left, right, contracted = (x, weight, (x.ndim - 1, 1)) if axis == -1 else (weight, x, (1, 0))
-    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(left, right, dimensions, precision=PRECISION, preferred_element_type=jnp.float32)
+    dot = functools.partial(jax.lax.dot_general, precision=PRECISION, preferred_element_type=jnp.float32)
+    if axis == -1:
+        return dot(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    return dot(weight, x, (((1,), (0,)), ((), ())))
 
 
 def _along(vector: jax.Array, axis: int, num_axes: int) -> jax.Array:
