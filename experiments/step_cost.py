@@ -7,7 +7,7 @@ The first table has whole steps (draft, verification, commit), with a drafter wh
 device loop runs many steps a dispatch; the host loop, which is timed for the first and the last size, one. Beside them stands
 what the step must at least do: the bare products with the weights, the faster of two operand orders; and the share of this
 device's measured copy rate at which a step reads the weights and the committed keys and values. The second table has each
-drafter's draft and update, as they run within the loop.
+drafter's draft and update, many in one program, without the model.
 
 All that is timed takes turns, round by round, so that a machine that other work slows down for a while slows all of it alike;
 medians over the rounds are reported. --transformers adds Hugging Face transformers (torch, the same weights, or random ones
@@ -445,7 +445,7 @@ def _tables(record: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     yield title, ["tokens", "ms", "share of that rate"], body
     if record["drafters"]:
         body = [[r["drafter"], f"{r['nodes']}", f"{r['us']:.0f}", f"{r['of_plain_step']:.1%}"] for r in record["drafters"]]
-        yield "Draft and update, within the loop", ["drafter", "nodes", "us a step", "of a plain step"], body
+        yield "Draft and update, without the model", ["drafter", "nodes", "us a step", "of a plain step"], body
     if "transformers_ms" in record:
         ours = record["steps"][0]["device_ms"]
         body = [[name, f"{ms:.2f}", f"{ms / ours:.2f}"] for name, ms in record["transformers_ms"].items()]

@@ -60,7 +60,7 @@ def merge(root: jax.Array, drafts: jax.Array, lengths: jax.Array, sources: jax.A
     Args:
       root: int32[], the newest committed token.
       drafts: int32[G, C], continuations of the root.
-      lengths: int32[G], how many of the C tokens count; 0 for an empty place.
+      lengths: int32[G], how many of the C tokens count, whatever the others are; 0 for an empty place.
       sources: int32[G], who proposed each.
       num_nodes: N, the root included.
     """

@@ -45,7 +45,7 @@ Tables = Any  # a pytree of read-only arrays, one for all rows
 class Context(NamedTuple):
     """One row's committed text, as a drafter sees it."""
 
-    tokens: jax.Array  # int32[S]; whatever stands at `length` and beyond has no meaning
+    tokens: jax.Array  # int32[S]; what stands at `length` and beyond has no meaning, and need not be a token
     length: jax.Array  # int32[], prompt included; the root is tokens[length - 1]
     prompt_length: jax.Array  # int32[]
     host: Any = ()  # what `Drafter.refresh` last returned for this row; only `draft` sees it
