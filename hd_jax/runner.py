@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +28,6 @@ RESERVE = 128  # slots behind the last token of every cache, for a path, or for 
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
-
-
-_step_costs: dict[Hashable, list[float]] = {}  # of the programs that this process has run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -264,11 +261,9 @@ def run(
     state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if is_adaptive and options.budget == "adaptive":
         program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
-        key = (lm.model, settings, sync_every, _shape_key((drafter, request, state)))
-        if key not in _step_costs:
-            _step_costs[key], state = step_costs.of_program(program, dispatch, request, state, sizes)
-            state = state._replace(is_finished=jnp.ones_like(state.is_finished))
-        costs = jnp.asarray(_step_costs[key], jnp.float32)
+        key = (lm.model, settings, sync_every, step_costs.shape_key((drafter, request, state)))
+        times, state = step_costs.of_program(key, program, dispatch, request, state, sizes)
+        costs = jnp.asarray(times, jnp.float32)
         request, state = request._replace(costs=costs), admission.with_budget(state, settings, costs, drafter.num_nodes)
     if not is_replaced:
         state = admitted(state, new, nowhere)
@@ -417,12 +412,6 @@ def sampling_of(rows: Sequence[Row], options: Options) -> Sampling:
 def _host_array(values: Any, dtype: Any) -> Any:
     """An array on the host: all of a request go to the device in one call."""
     return np.array(values, dtype)
-
-
-def _shape_key(tree: Any) -> Hashable:
-    """Equal for arguments that the same compiled program takes."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def _lap(since: float) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from hd_jax import loop
 NUM_STEPS = 6  # of each size in a round
 NUM_ROUNDS = 5  # whose medians count, after one to warm up
 FOLDER = "step_costs"  # inside that of JAX's compilation cache
+
+_known: dict[Hashable, list[float]] = {}  # times of the programs that this process has run, by key
 
 Dispatch = Callable[[loop.Request, loop.State, int], tuple[loop.State, loop.Record]]
 
@@ -41,7 +43,8 @@ def measure(
       sizes: of the budget.
 
     Returns:
-      The times, and the state, of which only the cache's slots before the prompts' last tokens are as they were.
+      The times, and the state, whose rows have ended, and of which only the cache's slots before the prompts' last tokens are
+      as they were.
     """
     assert state.budget is not None
     request = request._replace(
@@ -63,20 +66,37 @@ def measure(
                 state, record = dispatch(only, state, num_left)
                 num_left -= int(np.count_nonzero(record.pass_sizes))
             times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
+    state = state._replace(is_finished=jnp.ones_like(state.is_finished))
     return [statistics.median(rounds[1:]) for rounds in times], state
 
 
 def of_program(
-    lower: Callable[[], Any], dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]
+    key: Hashable,
+    lower: Callable[[], Any],
+    dispatch: Dispatch,
+    request: loop.Request,
+    state: loop.State,
+    sizes: Sequence[int],
 ) -> tuple[list[float], loop.State]:
-    """As `measure`, unless the times of the program that `lower` gives are on disk, where they are kept."""
-    path = path_of(lower().as_text())
-    times = read(path, sizes) if path else None
-    if times is None:
-        times, state = measure(dispatch, request, state, sizes)
-        if path:
-            write(path, sizes, times)
-    return times, state
+    """As `measure`, unless this process knows the times of the program by its key, or they are on disk, where they are kept.
+
+    The program is what `lower` gives; it is lowered only for a key that is not known.
+    """
+    if key not in _known:
+        path = path_of(lower().as_text())
+        times = read(path, sizes) if path else None
+        if times is None:
+            times, state = measure(dispatch, request, state, sizes)
+            if path:
+                write(path, sizes, times)
+        _known[key] = times
+    return _known[key], state
+
+
+def shape_key(tree: Any) -> Hashable:
+    """Equal for arguments that the same compiled program takes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def path_of(program: str) -> pathlib.Path | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hd_jax import budget, decode, draft_tree, exactness, runner, step_costs
+from hd_jax import budget, decode, draft_tree, exactness, step_costs
 from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter
 
@@ -156,14 +156,14 @@ def test_costs_are_measured_once_and_kept(lm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step_costs, "measure", counted)
     monkeypatch.setattr(step_costs, "path_of", lambda program: tmp_path / "costs" / f"{len(program)}.json")
-    monkeypatch.setattr(runner, "_step_costs", {})
+    monkeypatch.setattr(step_costs, "_known", {})
     first = decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
     (path,) = (tmp_path / "costs").iterdir()
     stored = step_costs.read(path, (1, 4, 8, 11))
     assert stored is not None and min(stored) > 0
     assert step_costs.read(path, (1, 5)) is None
     decode.generate(lm, [4, 5, 6, 7], drafter="pld", max_new_tokens=20, budget="adaptive")
-    runner._step_costs.clear()  # as in another process
+    step_costs._known.clear()  # as in another process
     again = decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
     assert len(calls) == 1
     assert (again.tokens, again.pass_sizes) == (first.tokens, first.pass_sizes)
