@@ -147,7 +147,10 @@ def prefill(
         positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
         starts = jnp.broadcast_to(start, num_rows)
         out: Any = _apply(model, params, (piece, positions, mask, cache, starts), is_exact, method="hidden")
-        written = llama.write_rows(cache, out[1], starts, model.config)
+        hidden, rows = out
+        # No number is above infinity; but so the writing follows the last layer's reading, and the cache is not copied.
+        slots = jnp.where(jnp.max(hidden) > jnp.inf, 0, starts)
+        written = llama.write_rows(cache, rows, slots, model.config)
         return sharding.constrain(written, llama.cache_sharding(model.config, model.mesh))
 
     return jax.lax.fori_loop(0, num_chunks, body, cache)

@@ -23,7 +23,7 @@ from hd_jax.models.tokenizer import Tokenizer
 from hd_jax.result import NOT_DRAFTED, Result
 from hd_jax.sampling import Sampling, SamplingMode
 
-PREFILL_CHUNKS = {"cpu": 128, "default": 256}  # tokens of a prompt that a pass reads: so many that its products are not slow
+PREFILL_CHUNKS = {"cpu": 64, "default": 256}  # tokens of a prompt that a pass reads: so many that its products are not slow
 RESERVE = 128  # slots behind the last token of every cache, for a path, or for a chunk where that is longer
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"

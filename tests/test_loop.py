@@ -18,7 +18,7 @@ from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters import Drafter
-from hd_jax.models.llama import Llama, empty_cache
+from hd_jax.models.llama import SLOTS_AT_ONCE, Llama, empty_cache
 from hd_jax.runner import LM, Options, Row
 
 MAX_COPIED = 1 << 15  # bytes
@@ -68,6 +68,17 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, make, num_rows, ex
     )
     copies = re.findall(rf"\n.*= {shape}\S* copy\(.*", body)
     assert not copies, copies
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_no_cache_shaped_copy_stands_in_the_compiled_prefill(lm, num_rows):
+    slots = 3 * SLOTS_AT_ONCE
+    cache, tokens = empty_cache(lm.config, num_rows, slots), jnp.zeros((num_rows, slots), jnp.int32)
+    chunk = {"chunk_size": runner.prefill_chunk()}
+    text = loop.prefill.lower(lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(2), **chunk).compile().as_text()
+    shape = _cache_shapes(lm, num_rows, slots)
+    assert re.search(shape, text), "the pattern finds no cache"
+    assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text[: text.index("ENTRY")])
 
 
 def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):

@@ -39,6 +39,8 @@ from hd_jax.models.config import ModelConfig, RopeConfig
 
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
 PRECISION = jax.lax.Precision.HIGHEST
+MANY_TOKENS = 64  # of a call, from which on attention reads no slots of the cache in vain
+SLOTS_AT_ONCE = 128  # of the cache, for so many tokens
 
 # One (keys, values) pair a layer, each of the model's dtype: [B, K, S, D] in a cache, [B, K, T, D] for new tokens. The keys
 # of a cache may be turned, [B, K, D, S]: `ModelConfig.is_feature_major`.
@@ -173,29 +175,64 @@ def attend(
 
 
 def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype, is_feature_major) -> jax.Array:  # [B, T, H, D]
-    """Of scaled queries: cached and new keys as two blocks under one maximum, so that the cache is never concatenated."""
+    """Of scaled queries: cached and new keys under one softmax, so that the cache is never concatenated.
+
+    Few tokens take the cache whole. Many, as a prompt's, whose work is greater, take the part that is committed.
+    """
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_groups = new[0].shape[1]
     q = q.reshape(num_rows, num_tokens, num_groups, num_heads // num_groups, head_dim)
     q = jnp.transpose(q, (0, 2, 3, 1, 4))  # [B, K, H / K, T, D]
-    blocks = [("bksd", *new, self_mask[:, None, None, :, :])]
-    if cached is not None:
-        is_committed = jnp.arange(cached[1].shape[2])[None, :] < cache_lengths[:, None]
-        blocks.append(("bkds" if is_feature_major else "bksd", *cached, is_committed[:, None, None, None, :]))
     # bfloat16 operands go into a product as they are: so matrix units take them, and no copy of the cache is made.
     is_narrow = new[0].dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32
     operand_dtype = jnp.bfloat16 if is_narrow else accumulate_dtype
+    axes, slot_axis = ("bkds", 3) if is_feature_major else ("bksd", 2)  # of cached keys
 
     def product(subscripts: str, *operands: jax.Array) -> jax.Array:
         operands = tuple(x.astype(operand_dtype) for x in operands)
         return jnp.einsum(subscripts, *operands, precision=PRECISION, preferred_element_type=accumulate_dtype)
 
-    lowest = jnp.finfo(accumulate_dtype).min
-    scores = [jnp.where(mask, product(f"bkgtd,{axes}->bkgts", q, k), lowest) for axes, k, _, mask in blocks]
-    peak = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
-    weights = [jnp.exp(s - peak) for s in scores]
-    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    values = sum(product("bkgts,bksd->bkgtd", w, v) for w, (_, _, v, _) in zip(weights, blocks, strict=True))
+    def score(axes: str, keys: jax.Array, mask: jax.Array) -> jax.Array:  # [B, K, H / K, T, slots]
+        return jnp.where(mask, product(f"bkgtd,{axes}->bkgts", q, keys), jnp.finfo(accumulate_dtype).min)
+
+    def weigh(scores: jax.Array, peak: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = jnp.exp(scores - peak)
+        return jnp.sum(weights, axis=-1, keepdims=True), product("bkgts,bksd->bkgtd", weights, values)
+
+    def largest(scores: jax.Array) -> jax.Array:
+        return jnp.max(scores, axis=-1, keepdims=True)
+
+    def score_cached(keys: jax.Array, start: jax.Array | int, first: jax.Array | int) -> jax.Array:
+        """Of keys whose slots begin with `start`, and count from `first` on."""
+        slots = start + jnp.arange(keys.shape[slot_axis])
+        is_committed = (slots >= first) & (slots < cache_lengths[:, None])
+        return score(axes, keys, is_committed[:, None, None, None, :])
+
+    own = score("bksd", new[0], self_mask[:, None, None, :, :])
+    if cached is None:
+        total, values = weigh(own, largest(own), new[1])
+    elif num_tokens < MANY_TOKENS:
+        scores = score_cached(cached[0], 0, 0)
+        peak = jnp.maximum(largest(own), largest(scores))
+        total, values = jax.tree.map(jnp.add, weigh(own, peak, new[1]), weigh(scores, peak, cached[1]))
+    else:
+        num_slots = cached[1].shape[2]
+        width = min(SLOTS_AT_ONCE, num_slots)
+
+        def add_slots(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            first = index * width
+            start = jnp.minimum(first, num_slots - width)
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width)
+            scores = score_cached(cut(cached[0], axis=slot_axis), start, first)
+            before, total, values = sums
+            peak = jnp.maximum(before, largest(scores))
+            kept = jnp.exp(before - peak)
+            more, more_values = weigh(scores, peak, cut(cached[1], axis=2))
+            return peak, total * kept + more, values * kept + more_values
+
+        peak = largest(own)
+        num_steps = (jnp.max(cache_lengths) + width - 1) // width
+        _, total, values = jax.lax.fori_loop(0, num_steps, add_slots, (peak, *weigh(own, peak, new[1])))
     out = jnp.transpose(jnp.divide(values, total), (0, 3, 1, 2, 4))
     return out.reshape(num_rows, num_tokens, num_heads, head_dim)
 

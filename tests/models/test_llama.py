@@ -8,8 +8,10 @@ that, and a two-thousandth of what the smallest of the deliberate mistakes at th
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -200,3 +202,30 @@ def test_a_causal_mask_over_a_tree_is_beyond_the_tolerance(pair):
     logits, _ = run(pair.model, pair.params, tokens, positions, causal, pair.cache, lengths)
     alone = pair.reference([*pair.prompts[0], *tokens[0, path_to(8)]])[-1]
     assert np.max(np.abs(logits[0, 8] - alone)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("is_feature_major", [False, True])
+@pytest.mark.parametrize("num_slots", [96, 128, 320])  # one part, and three of which the last overlaps the one before
+def test_attention_of_many_tokens_reads_no_slots_in_vain(is_feature_major, num_slots, monkeypatch):
+    """In parts as in one piece; and what stands behind the parts that are committed is not seen."""
+    rng = np.random.default_rng(num_slots)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    num_rows, num_tokens = 3, llama.MANY_TOKENS
+    q, new = array(num_rows, num_tokens, 4, 8), (array(num_rows, 2, num_tokens, 8), array(num_rows, 2, num_tokens, 8))
+    keys, values = array(num_rows, 2, num_slots, 8), array(num_rows, 2, num_slots, 8)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((num_tokens, num_tokens), bool)), (num_rows, num_tokens, num_tokens))
+    turned = lambda k: jnp.swapaxes(k, 2, 3) if is_feature_major else k  # noqa: E731
+    attend = functools.partial(llama._attend, accumulate_dtype=jnp.float32, is_feature_major=is_feature_major)
+    longest = [0, 1, 90, *(length for length in (128, 129, 256, 300, 320) if length <= num_slots)]
+    for length in longest:
+        lengths = jnp.asarray([length, length // 2, 0])
+        parts = attend(q, new, mask, (turned(keys), values), lengths)
+        end = -(-length // llama.SLOTS_AT_ONCE) * llama.SLOTS_AT_ONCE
+        unseen = jnp.arange(num_slots)[:, None] >= end
+        poisoned = (turned(jnp.where(unseen, jnp.nan, keys)), jnp.where(unseen, jnp.nan, values))
+        if num_slots % llama.SLOTS_AT_ONCE == 0:
+            np.testing.assert_array_equal(attend(q, new, mask, poisoned, lengths), parts)
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "MANY_TOKENS", num_tokens + 1)
+            whole = attend(q, new, mask, (turned(keys), values), lengths)
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
