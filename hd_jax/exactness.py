@@ -138,10 +138,7 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
     buffer[:, : len(text)] = text
     tokens = sharding.put(jnp.asarray(buffer), sharding.by_rows(mesh))
     cache = empty_cache(lm.config, num_parts, slots, mesh)
-    num_chunks = -(-(len(prompt) - 1) // runner.prefill_chunk())
-    cache = loop.prefill(
-        lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(num_chunks), chunk_size=runner.prefill_chunk()
-    )
+    cache = loop.prefill(lm.model, lm.params, cache, tokens, 0, loop.prefill_chunks(len(prompt) - 1))
     span = (jnp.int32(len(prompt) - 1), jnp.int32(len(text)))
     part_size = -(-num_rows // num_parts)
     return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, *span, width=width, part_size=part_size))

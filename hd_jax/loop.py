@@ -22,6 +22,7 @@ With an adaptive budget (budget.py) a step verifies the first n of the N nodes. 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,10 @@ from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models import llama
 from hd_jax.models.llama import Cache, Llama
 from hd_jax.sampling import Sampling, SamplingMode
+
+# Tokens of a prompt that a pass may read, the largest first: so many that its products are fast, or so few that little of a
+# short prompt's pass is in vain.
+PREFILL_CHUNKS = {"cpu": (256, 64), "default": (256,)}
 
 
 class StepSettings(NamedTuple):
@@ -111,8 +116,57 @@ def _apply(model: Llama, params: Any, inputs: tuple, is_exact: bool, method: str
     return jax.lax.optimization_barrier(out)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk_size", "is_exact"), donate_argnames="cache")
+def chunk_sizes() -> tuple[int, ...]:
+    """PREFILL_CHUNKS of this process's devices."""
+    return PREFILL_CHUNKS.get(jax.default_backend(), PREFILL_CHUNKS["default"])
+
+
+def prefill_chunks(num_tokens: int, is_exact: bool = False) -> list[tuple[int, int]]:
+    """The passes that read so many tokens of a prompt, (size, how often) in their order; less than the smallest size in vain.
+
+    Exact mode has the smallest size alone: bits depend on the size, and it would depend on the rows that are read together.
+    """
+    sizes = chunk_sizes()
+    smallest, chunks = sizes[-1], []
+    for size in (smallest,) if is_exact else sizes:
+        count = (num_tokens + smallest - 1) // size
+        num_tokens = max(num_tokens - count * size, 0)
+        chunks += [(size, count)] if count else []
+    return chunks
+
+
 def prefill(
+    model: Llama,
+    params: Any,
+    cache: Cache,
+    tokens: jax.Array,
+    first: int,
+    chunks: Sequence[tuple[int, int]],
+    is_exact: bool = False,
+) -> Cache:
+    """Fills the cache (donated) with chunks of tokens from slot `first` on, all rows alike.
+
+    Args:
+      model: of which `params` are.
+      params: of the model.
+      cache: S slots, of which those below `first` are filled.
+      tokens: int32[B, S].
+      first: slot to fill first.
+      chunks: as `prefill_chunks` gives them; they must end within S. A size that comes 0 times is compiled, and does nothing.
+      is_exact: attention sums in float64, so that they do not depend on S.
+
+    Returns:
+      The cache. Slots of a chunk beyond a row's prompt hold garbage that decoding overwrites before it reads it.
+    """
+    for size, count in chunks:
+        span = jnp.int32(first), jnp.int32(count)
+        cache = prefill_alike(model, params, cache, tokens, *span, chunk_size=size, is_exact=is_exact)
+        first += size * count
+    return cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk_size", "is_exact"), donate_argnames="cache")
+def prefill_alike(
     model: Llama,
     params: Any,
     cache: Cache,
@@ -123,21 +177,7 @@ def prefill(
     chunk_size: int,
     is_exact: bool = False,
 ) -> Cache:
-    """Fills the cache (donated) with `num_chunks` chunks of tokens from slot `first` on, all rows alike.
-
-    Args:
-      model: static.
-      params: of the model.
-      cache: S slots, of which those below `first` are filled.
-      tokens: int32[B, S].
-      first: int32[], first slot to fill.
-      num_chunks: int32[]; 0 compiles and does nothing. first + num_chunks * chunk_size must not exceed S.
-      chunk_size: static.
-      is_exact: static; attention sums in float64, so that they do not depend on S.
-
-    Returns:
-      The cache. Slots of a chunk beyond a row's prompt hold garbage that decoding overwrites before it reads it.
-    """
+    """As `prefill`, with `num_chunks` chunks of one static size."""
     mask = jnp.tril(jnp.ones((1, chunk_size, chunk_size), bool))
     num_rows = tokens.shape[0]
 
@@ -146,8 +186,7 @@ def prefill(
         piece = jax.lax.dynamic_slice(tokens, (0, start), (num_rows, chunk_size))
         positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
         starts = jnp.broadcast_to(start, num_rows)
-        out: Any = _apply(model, params, (piece, positions, mask, cache, starts), is_exact, method="hidden")
-        hidden, rows = out
+        hidden, rows = _apply(model, params, (piece, positions, mask, cache, starts), is_exact, method="hidden")
         # No number is above infinity; but so the writing follows the last layer's reading, and the cache is not copied.
         slots = jnp.where(jnp.max(hidden) > jnp.inf, 0, starts)
         written = llama.write_rows(cache, rows, slots, model.config)

@@ -23,8 +23,7 @@ from hd_jax.models.tokenizer import Tokenizer
 from hd_jax.result import NOT_DRAFTED, Result
 from hd_jax.sampling import Sampling, SamplingMode
 
-PREFILL_CHUNKS = {"cpu": 64, "default": 256}  # tokens of a prompt that a pass reads: so many that its products are not slow
-RESERVE = 128  # slots behind the last token of every cache, for a path, or for a chunk where that is longer
+RESERVE = 128  # slots behind the last token of every cache, for a path, or for the smallest chunk where that is longer
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
@@ -146,14 +145,9 @@ def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
     return budget.sizes_of(drafter.num_nodes)
 
 
-def prefill_chunk() -> int:
-    """Tokens of a prompt that a pass reads on this process's devices."""
-    return PREFILL_CHUNKS.get(jax.default_backend(), PREFILL_CHUNKS["default"])
-
-
 def num_slots(num_tokens: int) -> int:
     """S for texts of so many tokens: few sizes, so that few programs are compiled; the reserve is added."""
-    size, reserve = 256, max(RESERVE, prefill_chunk())
+    size, reserve = 256, max(RESERVE, loop.chunk_sizes()[-1])
     while size < num_tokens + reserve:
         size += max(256, 2 ** (size.bit_length() - 2))
     return size
@@ -228,14 +222,13 @@ def run(
     def request_for(texts: Sequence[_Text]) -> loop.Request:
         return sharding.put(request_of(lm, [text.row for text in texts], options), by_rows)
 
-    def started(cache: Cache, texts: Sequence[_Text], num_chunks: int) -> loop.State:
-        """The state of one row a part before the first step; so many chunks of its prompt are read into the cache (donated)."""
+    def started(cache: Cache, texts: Sequence[_Text], chunks: Sequence[tuple[int, int]]) -> loop.State:
+        """The state of one row a part before the first step; these chunks of its prompt are read into the cache (donated)."""
         buffer = np.zeros((num_parts, slots), np.int32)
         for row, text in zip(buffer, texts, strict=True):
             row[: len(text.row.prompt)] = text.row.prompt
         request, tokens = request_for(texts), sharding.put(jnp.asarray(buffer), by_rows)
-        span = (jnp.int32(num_cached), jnp.int32(num_chunks))
-        cache = loop.prefill(lm.model, lm.params, cache, tokens, *span, chunk_size=prefill_chunk(), is_exact=options.exact)
+        cache = loop.prefill(lm.model, lm.params, cache, tokens, num_cached, chunks, is_exact=options.exact)
         drafter_state = admission.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
         return admission.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
 
@@ -256,7 +249,8 @@ def run(
     filler, nowhere = texts[0], [part_size] * num_parts  # stands in free places, and for parts where no row is admitted
     clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
     request = request_for([filler] * num_places)._replace(costs=costs)
-    new = started(cache, [filler] * num_parts, 0)
+    sizes_read = {size for row in rows for size, _ in loop.prefill_chunks(len(row.prompt) - 1 - num_cached, options.exact)}
+    new = started(cache, [filler] * num_parts, [(size, 0) for size in sorted(sizes_read)])
     state = new if is_replaced else admission.widened(lm.model, new, part_size=part_size)
     state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if is_adaptive and options.budget == "adaptive":
@@ -281,8 +275,8 @@ def run(
                 part, places[part] = divmod(place, part_size)
                 entering[part] = text
             longest = max(len(text.row.prompt) for text in taken.values())
-            num_chunks = -(-(longest - 1 - num_cached) // prefill_chunk())
-            new = started(state.cache if is_replaced else new.cache, entering, num_chunks)
+            chunks = loop.prefill_chunks(longest - 1 - num_cached, options.exact)
+            new = started(state.cache if is_replaced else new.cache, entering, chunks)
             state = admitted(state, new, places)
             request = request_for([text or filler for text in batch])._replace(costs=costs)
             jax.block_until_ready(state)

@@ -43,11 +43,11 @@ def bigrams(vocab_size: int = 48) -> Drafter:
 
 
 def test_turns_continue_the_chat_and_reuse_the_cache(lm, monkeypatch):
-    chunks: list[tuple[int, int]] = []
+    reads: list[tuple[int, int]] = []
     prefill = loop.prefill
 
     def counted(*args, **kwargs):
-        chunks.append((int(args[4]), int(args[5])))
+        reads.append((args[4], sum(count for _, count in args[5])))
         return prefill(*args, **kwargs)
 
     monkeypatch.setattr(loop, "prefill", counted)
@@ -55,7 +55,7 @@ def test_turns_continue_the_chat_and_reuse_the_cache(lm, monkeypatch):
     first = session.generate("hello", max_new_tokens=20)
     second = session.generate("again", max_new_tokens=20)
     assert [m["role"] for m in session.messages] == ["user", "assistant"] * 2
-    started = [first for first, count in chunks if count]
+    started = [first for first, count in reads if count]
     assert started == [0, len(first.prompt_tokens) + min(_kept(lm, first), 20 - 1)]
     whole = decode.generate(lm, session.messages[:-1], max_new_tokens=20)
     assert whole.prompt_tokens == second.prompt_tokens
