@@ -78,14 +78,16 @@ class Successors(NamedTuple):
     counts: jax.Array  # int32[Q, T], how often something followed it
 
 
-def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
+def lookup(table: SuccessorTable, suffixes: jax.Array, num_successors: int | None = None) -> Successors:
     """The successors of the longest kept context at the end of each text, by each table.
 
     Args:
       table: to look in.
       suffixes: int32[Q, H], H at least max_order; the last tokens of the texts, the newest last. Where a text begins,
         NO_TOKEN: no context holds it.
+      num_successors: G, so many of the likeliest; by default all.
     """
+    num_successors = min(num_successors or table.num_successors, table.num_successors)
     hashes, fingerprints = _hashes(suffixes[:, ::-1][:, : table.max_order])  # [Q, K]
     buckets = table.bucket_bases[:, None] + (hashes[:, None] & table.bucket_masks[:, None]).astype(jnp.int32)  # [Q, T, K]
     bounds = table.bucket_starts[buckets[..., None] + np.arange(2)]
@@ -97,9 +99,9 @@ def lookup(table: SuccessorTable, suffixes: jax.Array) -> Successors:
     longest = jnp.max(jnp.where(is_found, orders << PLACE_BITS | places, 0), axis=(-2, -1))  # [Q, T]
     orders, context = longest >> PLACE_BITS, longest & (1 << PLACE_BITS) - 1
     bounds = table.entry_starts[context[..., None] + np.arange(2)]
-    entries = bounds[..., :1] + jnp.arange(table.num_successors, dtype=jnp.int32)
+    entries = bounds[..., :1] + jnp.arange(num_successors, dtype=jnp.int32)
     is_entry = (entries < bounds[..., 1:]) & (orders > 0)[..., None]
-    own = lambda array: _windows(array, bounds[..., 0], table.num_successors)  # noqa: E731
+    own = lambda array: _windows(array, bounds[..., 0], num_successors)  # noqa: E731
     return Successors(
         tokens=jnp.where(is_entry, own(table.tokens), NO_TOKEN),
         probabilities=jnp.where(is_entry, own(table.probabilities), 0.0),

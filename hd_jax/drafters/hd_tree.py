@@ -14,7 +14,7 @@ so after a match of 1, 2, .. 16 tokens; the tables' probabilities, orders and co
 in this text, by match length; the kinds of the tokens. A path's probability is the product along it; so sources
 mix along one path. The tree is the N - 1 likeliest nodes of all that were looked at.
 
-Nodes are expanded level by level, the likeliest `width` ones of each, in vector operations of fixed shapes. After the last
+Nodes are expanded level by level, the likeliest ones of each, in vector operations of fixed shapes. After the last
 level, nodes that a match in the context proposed are prolonged by what follows that match: so a long copy is as deep as it is
 likely.
 
@@ -26,6 +26,7 @@ nothing of "r": the estimate is a mixture of its and of what was recycled, whose
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ START_HIT_RATES = (0.30, 0.60, 0.75, 0.90, 0.45, 0.45)
 HIT_RATE_STEP = 0.08  # weight of the newest outcome
 MAX_LEARNED = 8  # tokens of a step whose outcomes count, the first ones
 NUM_OWN_FEATURES = len(MATCH_LENGTHS) + 2 + len(TOKEN_CLASSES) + 3 + 1  # of a candidate alone; the others are its text's
-NUM_SUCCESSORS = 24  # of a context in the tables
+NUM_SUCCESSORS, NUM_LATER_SUCCESSORS = 24, 12  # of a context in the tables; those that are looked at below the first level
+WIDTH_RATIO = 0.65  # of the nodes that a level expands to those of the level before
 TAIL_STARTS, TAIL_LENGTH = 16, 10  # nodes that are prolonged, and by how much
 # The databases of "m" and "s", and how their successor tables are made.
 TABLES = {
@@ -112,7 +114,8 @@ def hd_tree(
       max_match: longest match of the context that is told apart from longer ones, at most MAX_MATCH tokens.
       rounds: levels that are expanded; nodes are at most this deep, and TAIL_LENGTH more where a match is prolonged. By
         default 6, and 7 for 64 nodes or more.
-      width: nodes of a level that are expanded, at most NUM_SUCCESSORS; by default a quarter of the drafted ones, from 2 to 12.
+      width: nodes of the first level that are expanded, at most NUM_SUCCESSORS; of each further one WIDTH_RATIO times as many.
+        By default two fifths of the drafted ones, from 2 to 16.
       min_probability: nodes that are reached with less are left out.
       history: T, tokens of prompt and answer that are remembered.
       remember: tokens of earlier requests that a session remembers besides; 0 for none. They count as the context's own,
@@ -128,7 +131,7 @@ def hd_tree(
     if estimates not in ("learned", "fixed"):
         raise ValueError(f"hd_tree's estimates are 'learned' or 'fixed', not {estimates!r}")
     rounds = 6 + (num_nodes >= 64) if rounds is None else rounds
-    width = min(max((num_nodes - 1) // 4, 2), 12) if width is None else width
+    width = min(max(math.ceil(0.4 * (num_nodes - 1)), 2), 16) if width is None else width
     least = {"rounds": (rounds, 1), "width": (width, 1), "num_nodes": (num_nodes, 2), "remember": (remember, 0)}
     least |= {"history": (history, rounds + TAIL_LENGTH + MAX_MATCH), "max_match": (max_match, 1)}
     for name, (value, bound) in least.items():
@@ -189,7 +192,7 @@ def _functions(
     sources: str,
     max_match: int,
     rounds: int,
-    width: int,
+    first_width: int,
     min_probability: float,
     history: int,
     remember: int,
@@ -200,9 +203,7 @@ def _functions(
         return read(blank_state(history + remember, "r" in sources), context)
 
     def renew(tables, state: State, context: Context) -> State:
-        if remember:
-            return state._replace(seen=text_index.resume(state.seen, context))
-        return state._replace(seen=init(tables, context).seen)
+        return state._replace(seen=text_index.resume(state.seen, context) if remember else init(tables, context).seen)
 
     def update(tables, state: State, context: Context, feedback: Feedback) -> State:
         max_appended = feedback.path.shape[0]
@@ -219,7 +220,8 @@ def _functions(
         # The ends of the texts that a level asks about, and the nodes there: their numbers in the pool, log-probabilities.
         suffixes, parents, base = text_index.recent(state.seen)[None], jnp.full(1, NO_PARENT), jnp.zeros(1)
         for index in range(rounds):
-            found = candidates(tables, state, context, suffixes, sources, max_match)
+            num_successors = NUM_LATER_SUCCESSORS if index else NUM_SUCCESSORS
+            found = candidates(tables, state, context, suffixes, sources, max_match, num_successors)
             logits = log_probabilities(tables, found)
             if found.recycled is not None:
                 logits = recycled_rows.mixed(state.recycled, found.recycled, found.classes, logits, found.recycled_sums)
@@ -236,6 +238,7 @@ def _functions(
             nodes = {name: values.reshape(-1) for name, values in nodes.items()}
             is_open = nodes["matches"] > 0
             if index < rounds - 1:
+                width = max(round(first_width * WIDTH_RATIO**index), 1)
                 base, chosen = ranking.top_k(nodes["scores"], min(width, scores.size))
                 is_open &= nodes["scores"] < jnp.min(base)  # not base[-1], for which XLA would sort all scores
                 shifted = suffixes[chosen // scores.shape[1], 1:]
@@ -272,7 +275,8 @@ def learn(
     num_places = min(tokens.shape[0], MAX_LEARNED)
     line = jnp.concatenate([text_index.recent(state.seen), tokens])
     before = line[jnp.arange(num_places)[:, None] + jnp.arange(MAX_MATCH)]  # int32[P, H], the text before each token
-    found = candidates(tables, state, context, before, sources, max_match)
+    num_successors = NUM_SUCCESSORS if "r" in sources else 1  # of the best guesses
+    found = candidates(tables, state, context, before, sources, max_match, num_successors)
     favorites, learned, is_new = found.favorites, tokens[:num_places, None], jnp.arange(num_places) < num_tokens
     is_asked = (favorites != NO_TOKEN) & is_new[:, None]
     is_hit = is_asked & (favorites == learned)
@@ -293,7 +297,13 @@ def learn(
 
 
 def candidates(
-    tables: dict[str, Any], state: State, context: Context, suffixes: jax.Array, sources: str, max_match: int
+    tables: dict[str, Any],
+    state: State,
+    context: Context,
+    suffixes: jax.Array,
+    sources: str,
+    max_match: int,
+    num_successors: int = NUM_SUCCESSORS,
 ) -> Candidates:
     """Asks the sources what may follow texts that end with int32[Q, MAX_MATCH] suffixes."""
     num_texts = suffixes.shape[0]
@@ -304,7 +314,7 @@ def candidates(
         following, places, matches = text_index.matches(state.seen, suffixes, max_match)
     asked = [letter for letter in TABLES if letter in sources]
     no_answers = Successors(jnp.zeros((num_texts, 0, 0), jnp.int32), jnp.zeros((num_texts, 0, 0)), blank, blank)
-    answers = successor_table.lookup(tables["successors"], suffixes) if asked else no_answers
+    answers = successor_table.lookup(tables["successors"], suffixes, num_successors) if asked else no_answers
     recycled = recycled_rows.lookup(state.recycled, suffixes[:, -2:]) if "r" in sources else None
     no_token = jnp.full((num_texts, 1), NO_TOKEN)  # the last place: that no candidate is right
     from_rows = blank if recycled is None else recycled.tokens
@@ -379,9 +389,7 @@ def candidates(
     match_classes = jnp.where(best_match >> 24 > 0, jnp.asarray(kinds)[jnp.maximum(best_match, 0) >> 24] + 1, 0)
     is_of_kind = match_classes[:, None] == jnp.arange(1, len(HIT_BOUNDS) + 1)
     favorites = [jnp.where(is_of_kind, favorite[:, None], NO_TOKEN)]
-    for letter in TABLES:
-        own = answers.tokens[:, asked.index(letter), :1] if letter in asked else jnp.full((num_texts, 1), NO_TOKEN)
-        favorites.append(own)
+    favorites += [answers.tokens[:, asked.index(letter), :1] if letter in asked else no_token for letter in TABLES]
     return Candidates(
         tokens=tokens,
         is_candidate=is_candidate,

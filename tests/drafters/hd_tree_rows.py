@@ -16,7 +16,15 @@ from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_NODE, NO_TOKEN
 from hd_jax.drafters.base import Context, Drafter, Feedback
-from hd_jax.drafters.hd_tree import HIT_BOUNDS, MATCH_LENGTHS, NUM_OWN_FEATURES, Candidates, State, candidates
+from hd_jax.drafters.hd_tree import (
+    HIT_BOUNDS,
+    MATCH_LENGTHS,
+    NUM_OWN_FEATURES,
+    NUM_SUCCESSORS,
+    Candidates,
+    State,
+    candidates,
+)
 from hd_jax.drafters.text_index import LONG_KEY, MAX_MATCH, RING
 from hd_jax.models.tokenizer import TOKEN_CLASSES
 
@@ -24,7 +32,7 @@ SLOTS = 512
 NUM_ASKED = 5
 OUT_OF_TEXT = 50  # tokens from here on are in no text and no database
 NUM_TOKENS = 3  # of random texts: few, so that keys repeat and none of their hashes meet
-_candidates = jax.jit(candidates, static_argnames=("sources", "max_match"))
+_candidates = jax.jit(candidates, static_argnames=("sources", "max_match", "num_successors"))
 
 
 @functools.cache
@@ -95,12 +103,17 @@ class Row:
         feedback = Feedback(tree, tree.tokens, tree.tokens, said, logits, path, jnp.int32(len(tokens)))
         self.state = self._update(self.drafter.tables, self.state, self.context, feedback)
 
-    def asked(self, suffixes: Sequence[Sequence[int]], sources: str, max_match: int = MAX_MATCH) -> Candidates:
+    def asked(
+        self,
+        suffixes: Sequence[Sequence[int]],
+        sources: str,
+        max_match: int = MAX_MATCH,
+        num_successors: int = NUM_SUCCESSORS,
+    ) -> Candidates:
         suffixes = [*suffixes, *[()] * (NUM_ASKED - len(suffixes))]  # one program for any number of them
         ends = [[NO_TOKEN] * (MAX_MATCH - len(suffix)) + list(suffix[-MAX_MATCH:]) for suffix in suffixes]
-        found = _candidates(
-            self.drafter.tables, self.state, self.context, jnp.asarray(ends, jnp.int32), sources=sources, max_match=max_match
-        )
+        settings = {"sources": sources, "max_match": max_match, "num_successors": num_successors}
+        found = _candidates(self.drafter.tables, self.state, self.context, jnp.asarray(ends, jnp.int32), **settings)
         return jax.tree.map(np.asarray, found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from hd_jax.drafters.hd_tree import (
     SUBSETS,
     TAIL_LENGTH,
     TAIL_STARTS,
+    WIDTH_RATIO,
+    _functions,
     blank_state,
     hd_tree,
     log_probabilities,
@@ -147,7 +150,8 @@ Path = tuple[int, ...]
 
 
 def _children(row: Row, path: Path, sources: str, max_match: int) -> dict[Path, Node]:
-    found = row.asked([[*row.text[-MAX_MATCH:], *path]], sources, max_match)
+    num_successors = vars(sys.modules[hd_tree.__module__])["NUM_LATER_SUCCESSORS" if path else "NUM_SUCCESSORS"]
+    found = row.asked([[*row.text[-MAX_MATCH:], *path]], sources, max_match, num_successors)
     scores = np.asarray(_log_probabilities(row.drafter.tables, found))[0]
     if found.recycled is not None:
         share = row.state.recycled.shares[found.recycled.kinds[0], found.classes[0]]
@@ -176,7 +180,8 @@ def _pool(row: Row, sources: str, *, rounds: int, width: int, max_match: int = M
                 pool[child] = node._replace(score=base + node.score)
                 level.append(child)
         if index < rounds - 1:
-            chosen = sorted(level, key=lambda path: -pool[path].score)[:width]
+            likeliest = sorted(level, key=lambda path: -pool[path].score)
+            chosen = likeliest[: max(round(width * WIDTH_RATIO**index), 1)]
             expanded.update(chosen)
     if "c" not in sources:
         return pool
@@ -209,6 +214,15 @@ def _paths(tree: DraftTree, drafter: Drafter) -> list[Path]:
     return paths[1:]
 
 
+@pytest.fixture
+def few_later_successors(monkeypatch):
+    """Texts of three tokens have no more successors."""
+    monkeypatch.setattr(sys.modules[hd_tree.__module__], "NUM_LATER_SUCCESSORS", 2)
+    _functions.cache_clear()
+    yield
+    _functions.cache_clear()
+
+
 CASES: list[dict[str, Any]] = [
     *({"sources": sources, "rounds": 2, "width": 3} for sources in ("cms", "ms")),
     {"rounds": 3, "width": 2},
@@ -222,7 +236,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
-def test_the_tree_is_the_likeliest_nodes_of_the_pool(options):
+def test_the_tree_is_the_likeliest_nodes_of_the_pool(options, few_later_successors):
     rng = np.random.default_rng(6)
     options = {"num_nodes": 17, "sources": "cms", "min_probability": 0.0, "max_match": MAX_MATCH, **options}
     drafter = hd_tree(databases(), **options)
