@@ -205,7 +205,7 @@ def test_a_causal_mask_over_a_tree_is_beyond_the_tolerance(pair):
 
 
 @pytest.mark.parametrize("is_feature_major", [False, True])
-@pytest.mark.parametrize("num_slots", [96, 128, 320])  # one part, and three of which the last overlaps the one before
+@pytest.mark.parametrize("num_slots", [96, 256, 320])  # one part, two, and three of which the last overlaps the one before
 def test_attention_of_many_tokens_reads_no_slots_in_vain(is_feature_major, num_slots, monkeypatch):
     """In parts as in one piece; and what stands behind the parts that are committed is not seen."""
     rng = np.random.default_rng(num_slots)
