@@ -39,7 +39,7 @@ from hd_jax.models.config import ModelConfig, RopeConfig
 
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
 PRECISION = jax.lax.Precision.HIGHEST
-MANY_TOKENS = 64  # of a call, from which on attention reads no slots of the cache in vain
+MANY_TOKENS = 64  # of a call, from which on a CPU's attention reads no slots of the cache in vain
 SLOTS_AT_ONCE = 128  # of the cache, for so many tokens
 
 # One (keys, values) pair a layer, each of the model's dtype: [B, K, S, D] in a cache, [B, K, T, D] for new tokens. The keys
@@ -177,7 +177,8 @@ def attend(
 def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype, is_feature_major) -> jax.Array:  # [B, T, H, D]
     """Of scaled queries: cached and new keys under one softmax, so that the cache is never concatenated.
 
-    Few tokens take the cache whole. Many, as a prompt's, whose work is greater, take the part that is committed.
+    Few tokens take the cache whole. On a CPU many, as a prompt's, take the part that is committed: the loop over it has as many
+    rounds as the rows' lengths say, for which an accelerator would wait, and a mesh would ask all its parts.
     """
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_groups = new[0].shape[1]
@@ -211,7 +212,7 @@ def _attend(q, new, self_mask, cached, cache_lengths, *, accumulate_dtype, is_fe
     own = score("bksd", new[0], self_mask[:, None, None, :, :])
     if cached is None:
         total, values = weigh(own, largest(own), new[1])
-    elif num_tokens < MANY_TOKENS:
+    elif not is_feature_major or num_tokens < MANY_TOKENS:
         scores = score_cached(cached[0], 0, 0)
         peak = jnp.maximum(largest(own), largest(scores))
         total, values = jax.tree.map(jnp.add, weigh(own, peak, new[1]), weigh(scores, peak, cached[1]))
