@@ -51,6 +51,7 @@ class Watched(NamedTuple):
 class State(NamedTuple):
     """Z sizes, ascending; the first is 1."""
 
+    costs: jax.Array  # float32[Z], of a step of each size, in any unit
     gains: jax.Array  # float32[Z - 1], tokens a step that each size adds to the next smaller one
     chosen: jax.Array  # int32[], index of the next step's size; 0: nothing is drafted
     wait: jax.Array  # int32[], further steps without a draft before the next try
@@ -69,7 +70,7 @@ def start(sizes: tuple[int, ...], costs: jax.Array, num_rows: int, num_nodes: in
 
     Args:
       sizes: Z of them; this and the last two are static.
-      costs: float32[Z], of a step of each size, in any unit.
+      costs: float32[Z], as in a State.
       num_rows: B.
       num_nodes: N.
     """
@@ -79,20 +80,20 @@ def start(sizes: tuple[int, ...], costs: jax.Array, num_rows: int, num_nodes: in
     gains = jnp.asarray(FIRST_GAIN * GAIN_RATIO ** np.arange(len(sizes) - 1), jnp.float32)
     chosen = jnp.argmax(_values(gains, costs)).astype(jnp.int32)
     wait = jnp.where(chosen > 0, 0, _steps(FIRST_WAIT, jnp.min(costs[1:]), costs))
-    return State(gains, chosen, wait, jnp.int32(FIRST_WAIT), watched)
+    return State(jnp.array(costs), gains, chosen, wait, jnp.int32(FIRST_WAIT), watched)  # its own costs: a state is donated
 
 
-def smallest(sizes: Sequence[int], costs: jax.Array, chosen: jax.Array, tree: DraftTree) -> jax.Array:
+def smallest(state: State, sizes: Sequence[int], tree: DraftTree) -> jax.Array:
     """int32[]: index of the cheapest size that holds as many nodes of the batch's trees as the chosen one."""
     places = jnp.arange(tree.parents.shape[1])
-    is_held = draft_tree.is_node(tree) & (places < jnp.asarray(sizes)[chosen])
+    is_held = draft_tree.is_node(tree) & (places < jnp.asarray(sizes)[state.chosen])
     num_held = jnp.max(jnp.where(is_held, places + 1, 1))
-    return jnp.argmin(jnp.where(np.asarray(sizes) >= num_held, costs, jnp.inf)).astype(jnp.int32)
+    return jnp.argmin(jnp.where(np.asarray(sizes) >= num_held, state.costs, jnp.inf)).astype(jnp.int32)
 
 
 def watch(state: State, tree: DraftTree, ancestors: jax.Array, lengths: jax.Array) -> State:
     """Begins to watch a step's trees where none is watched. `lengths` int32[B]: of the text, when they were drafted."""
-    is_new = (state.watched.lengths == NOTHING_WATCHED) & (state.chosen > 0)
+    is_new = state.watched.lengths == NOTHING_WATCHED
     pick = lambda new, old: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
     return state._replace(watched=jax.tree.map(pick, Watched(tree, ancestors, lengths), state.watched))
 
@@ -120,32 +121,34 @@ def reached(watched: Watched, sizes: Sequence[int], tokens: jax.Array, length: j
     return by_size, (watched.lengths != NOTHING_WATCHED) & (watched.lengths + by_size[-1] < length)
 
 
-def advance(state: State, sizes: Sequence[int], costs: jax.Array, tokens: jax.Array, lengths: jax.Array) -> State:
+def advance(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax.Array) -> State:
     """The state after a step: learns from the trees whose depths are final, and chooses the next size.
 
     Args:
-      state: the step's trees are watched.
+      state: the step's trees are watched, if it drafted any.
       sizes: Z of them.
-      costs: float32[Z], of a step of each size.
       tokens: int32[B, S], the texts after the step.
       lengths: int32[B], of them.
     """
-    depths, is_final = jax.vmap(reached, in_axes=(0, None, 0, 0))(state.watched, tuple(sizes), tokens, lengths)
+    reach = jax.vmap(functools.partial(reached, sizes=tuple(sizes)))
+    nowhere = jnp.zeros((lengths.size, len(sizes)), jnp.int32), jnp.zeros(lengths.size, bool)
+    is_watching = jnp.any(state.watched.lengths != NOTHING_WATCHED)
+    depths, is_final = jax.lax.cond(is_watching, lambda: reach(state.watched, tokens=tokens, length=lengths), lambda: nowhere)
     num_final = jnp.sum(is_final)
     mean = jnp.sum(jnp.where(is_final[:, None], jnp.diff(depths, axis=1), 0), axis=0) / jnp.maximum(num_final, 1)
     weight = 1 - (1 - RATE) ** num_final.astype(jnp.float32)  # as if they had come one by one
     gains = state.gains + weight * (mean - state.gains)
     watched = state.watched._replace(lengths=jnp.where(is_final, NOTHING_WATCHED, state.watched.lengths))
 
-    values = _values(gains, costs)
+    values = _values(gains, state.costs)
     best = jnp.argmax(values)
     has_failed = (best == 0) & (state.chosen > 0)
-    after_failure = _steps(state.next_wait, costs[state.chosen], costs)
+    after_failure = _steps(state.next_wait, state.costs[state.chosen], state.costs)
     wait = jnp.where(best > 0, 0, jnp.where(has_failed, after_failure, jnp.maximum(state.wait - 1, 0)))
     next_wait = jnp.where(has_failed, jnp.minimum(2 * state.next_wait, MAX_WAIT), state.next_wait)
     next_wait = jnp.where(best > 0, FIRST_WAIT, next_wait)
     chosen = jnp.where(wait > 0, 0, 1 + jnp.argmax(values[1:]))
-    return State(gains, chosen.astype(jnp.int32), wait, next_wait, watched)
+    return State(state.costs, gains, chosen.astype(jnp.int32), wait, next_wait, watched)
 
 
 def without_rows(state: State, rows: jax.Array) -> State:

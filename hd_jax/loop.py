@@ -16,7 +16,8 @@ The targets may stand in a record instead (`Request.recorded`): then the same st
 the model or without one. Of a node that the record does not reach, here x, the target is unknown: NO_TOKEN.
 
 With an adaptive budget (budget.py) a step verifies the first n of the N nodes. The values of n are branches of one
-`lax.switch`, which reads the cache and returns the path's rows, never a cache; a step with n = 1 does not draft.
+`lax.switch`, which reads the cache and returns the path's rows, never a cache. Steps that do not draft have a loop of their
+own, in turns with that one: they are plain decoding's, but for what drafter and budget learn from them.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ class Request(NamedTuple):
     limits: jax.Array  # int32[B], the length at which a row ends: prompt + max_new_tokens, or the cache's end
     stop_tokens: jax.Array  # int32[B, any], ids that end a text
     recorded: jax.Array | None = None  # int32[B, any], the whole texts, prompts included, then NO_TOKEN: replaces drawn targets
-    costs: jax.Array | None = None  # float32[Z], of a step of each of the settings' sizes
 
 
 class Logprobs(NamedTuple):
@@ -287,11 +287,10 @@ def _draft(
     return tree, jax.vmap(draft_tree.ancestor_mask)(tree)
 
 
-def _root_only(request: Request, state: State, num_nodes: int) -> tuple[DraftTree, jax.Array]:
-    """As `_draft`, of a step that drafts nothing."""
+def _root_only(request: Request, state: State) -> tuple[DraftTree, jax.Array]:
+    """As `_draft`, of a step that drafts nothing: trees of one place."""
     roots = jax.vmap(lambda context: context.root)(_contexts(request, state, ()))
-    tree = jax.vmap(draft_tree.root_only, in_axes=(0, None))(roots, num_nodes)
-    return tree, jnp.broadcast_to(jnp.eye(num_nodes, dtype=bool), (*roots.shape, num_nodes, num_nodes))
+    return jax.vmap(draft_tree.root_only)(roots), jnp.ones((*roots.shape, 1, 1), bool)
 
 
 def _verify(
@@ -304,8 +303,9 @@ def _verify(
     tree: DraftTree,
     ancestors: jax.Array,
     size: int,
+    max_size: int,
 ) -> _Verified:
-    """Runs the first `size` places of every row's tree; the cache is read only."""
+    """Runs the first `size` places of every row's tree; the cache is read only. Arrays are of `max_size` places (or of N)."""
     mesh = None if model is None else model.mesh
     tree, ancestors = jax.tree.map(lambda x: x[:, :size], tree), ancestors[:, :size, :size]
     depths = draft_tree.depths(ancestors)
@@ -332,7 +332,7 @@ def _verify(
     # The path's rows lie next to each other when they are written.
     picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
     top_logits, top_tokens = _top_k(logits, drafter.num_top_logits, mesh)
-    length, width = drafter.max_depth + 1, drafter.num_nodes
+    length, width = min(drafter.max_depth + 1, max_size), min(drafter.num_nodes, max_size)
     return _Verified(
         targets=_fit(targets, width, 1, NO_TOKEN),
         argmax=_fit(targets if known is not None else ranking.argmax(logits), width, 1, NO_TOKEN),
@@ -347,31 +347,41 @@ def _verify(
 
 
 def step(
-    model: Llama | None, settings: StepSettings, params: Any, drafter: Drafter, request: Request, host: Any, state: State
+    model: Llama | None,
+    settings: StepSettings,
+    params: Any,
+    drafter: Drafter,
+    request: Request,
+    host: Any,
+    state: State,
+    *,
+    is_drafted: bool = True,
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
     """One step of every row: draft, verify, commit, update. Rows that have ended stay as they are.
 
-    Without a model the request's record says all targets, the cache is empty, and there are no logits.
+    Without a model the request's record says all targets, the cache is empty, and there are no logits. Static `is_drafted` says
+    whether the budget has chosen a size that drafts; without a budget it is True.
 
     Returns:
       The state, the number of tokens appended and that of draft nodes verified, int32[B] each, and the pass's size, int32[].
     """
-    draft = functools.partial(_draft, model, drafter, request, host, state, max(settings.width, drafter.num_nodes))
-    run = functools.partial(_verify, model, settings, params, drafter, request, state)
-    if state.budget is None:
-        tree, ancestors = draft()
-        size = jnp.int32(tree.tokens.shape[1])
-        verified = run(tree, ancestors, tree.tokens.shape[1])
-        next_budget = lambda tokens, lengths: None  # noqa: E731
+    if is_drafted:
+        width = max(settings.width, drafter.num_nodes)
+        tree, ancestors = _draft(model, drafter, request, host, state, width)
     else:
-        assert request.costs is not None
-        tree, ancestors = jax.lax.cond(state.budget.chosen > 0, draft, lambda: _root_only(request, state, drafter.num_nodes))
-        index = budget.smallest(settings.sizes, request.costs, state.budget.chosen, tree)
+        width = 1
+        tree, ancestors = _root_only(request, state)
+    run = functools.partial(_verify, model, settings, params, drafter, request, state, max_size=width)
+    watching = state.budget
+    if state.budget is None or not is_drafted:
+        size = jnp.int32(width)
+        verified = run(tree, ancestors, width)
+    else:
+        index = budget.smallest(state.budget, settings.sizes, tree)
         branches = [functools.partial(run, size=size) for size in settings.sizes]
         verified = jax.lax.switch(index, branches, tree, ancestors)
         size = jnp.asarray(settings.sizes)[index]
         watching = budget.watch(state.budget, tree, ancestors, state.lengths)
-        next_budget = functools.partial(budget.advance, watching, settings.sizes, request.costs)
     depths = draft_tree.depths(ancestors)
     tree = tree._replace(parents=jnp.where(jnp.arange(tree.parents.shape[1]) < size, tree.parents, UNUSED))
 
@@ -405,16 +415,17 @@ def step(
         sources=_put(state.sources, sources.astype(jnp.int8), state.lengths),
         counts=counts,
         logprobs=logprobs,
-        budget=next_budget(tokens, lengths),
+        budget=None if watching is None else budget.advance(watching, settings.sizes, tokens, lengths),
     )
 
+    tree = jax.tree.map(lambda x: x[:, : drafter.num_nodes], tree)  # without the places that exact mode adds
     feedback = Feedback(
-        tree=jax.tree.map(lambda x: x[:, : drafter.num_nodes], tree),  # without the places that exact mode adds
-        targets=verified.targets,
-        argmax=verified.argmax,
-        top_tokens=verified.top_tokens,
-        top_logits=verified.top_logits,
-        path=verified.nodes,
+        tree=jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, drafter.num_nodes),
+        targets=_fit(verified.targets, drafter.num_nodes, 1, NO_TOKEN),
+        argmax=_fit(verified.argmax, drafter.num_nodes, 1, NO_TOKEN),
+        top_tokens=_fit(verified.top_tokens, drafter.num_nodes, 1, NO_TOKEN),
+        top_logits=_fit(verified.top_logits, drafter.num_nodes, 1),
+        path=_fit(verified.nodes, drafter.max_depth + 1, 1, NO_NODE),
         num_appended=num_appended,
     )
     update = sharding.over_rows(drafter.update, None if model is None else model.mesh)
@@ -459,9 +470,10 @@ def run_steps(
             is_left &= (index == 0) | (state.budget.chosen == 0)
         return is_left
 
-    def body(carry):
+    def body(carry, is_drafted: bool = True):
         index, state, record = carry
-        state, num_appended, num_nodes, size = step(model, settings, params, drafter, request, host, state)
+        arguments = (model, settings, params, drafter, request, host, state)
+        state, num_appended, num_nodes, size = step(*arguments, is_drafted=is_drafted)
         if model is not None:
             state = pinned(model, state)
         record = Record(
@@ -471,5 +483,13 @@ def run_steps(
         )
         return index + 1, state, record
 
-    _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
+    def in_turns(carry):
+        """Steps that do not draft, then steps that do: in loops, since a `lax.cond` would copy the cache."""
+        is_plain = lambda carry: is_going_on(carry) & (carry[1].budget.chosen == 0)  # noqa: E731
+        is_drafting = lambda carry: is_going_on(carry) & (carry[1].budget.chosen > 0)  # noqa: E731
+        carry = jax.lax.while_loop(is_plain, functools.partial(body, is_drafted=False), carry)
+        return jax.lax.while_loop(is_drafting, body, carry)
+
+    carry = (jnp.int32(0), state, record)
+    _, state, record = jax.lax.while_loop(is_going_on, body if state.budget is None else in_turns, carry)
     return state, record

@@ -248,7 +248,7 @@ def run(
     texts = [_Text(row) for row in rows]
     filler, nowhere = texts[0], [part_size] * num_parts  # stands in free places, and for parts where no row is admitted
     clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
-    request = request_for([filler] * num_places)._replace(costs=costs)
+    request = request_for([filler] * num_places)
     sizes_read = {size for row in rows for size, _ in loop.prefill_chunks(len(row.prompt) - 1 - num_cached, options.exact)}
     new = started(cache, [filler] * num_parts, [(size, 0) for size in sorted(sizes_read)])
     state = new if is_replaced else admission.widened(lm.model, new, part_size=part_size)
@@ -258,7 +258,7 @@ def run(
         key = (lm.model, settings, sync_every, step_costs.shape_key((drafter, request, state)))
         times, state = step_costs.of_program(key, program, dispatch, request, state, sizes)
         costs = jnp.asarray(times, jnp.float32)
-        request, state = request._replace(costs=costs), admission.with_budget(state, settings, costs, drafter.num_nodes)
+        state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if not is_replaced:
         state = admitted(state, new, nowhere)
     state, _ = dispatch(request, state, 0)
@@ -278,7 +278,7 @@ def run(
             chunks = loop.prefill_chunks(longest - 1 - num_cached, options.exact)
             new = started(state.cache if is_replaced else new.cache, entering, chunks)
             state = admitted(state, new, places)
-            request = request_for([text or filler for text in batch])._replace(costs=costs)
+            request = request_for([text or filler for text in batch])
             jax.block_until_ready(state)
             lap_ms, clock = _lap(clock)
             for place, text in _texts(batch):

@@ -55,15 +55,15 @@ def measure(
     for _ in range(NUM_ROUNDS + 1):
         for index, _ in enumerate(sizes):
             # A size whose cost is infinite is not chosen, and without a draft the wait is not over before the end.
-            only = request._replace(costs=jnp.full(len(sizes), jnp.inf).at[index].set(1.0))
+            only = jnp.full(len(sizes), jnp.inf).at[index].set(1.0)
             assert state.budget is not None
-            forced = state.budget._replace(chosen=jnp.int32(index), wait=jnp.int32(NUM_STEPS + 1))
+            forced = state.budget._replace(costs=only, chosen=jnp.int32(index), wait=jnp.int32(NUM_STEPS + 1))
             lengths, is_finished = jnp.array(request.prompt_lengths), jnp.zeros_like(state.is_finished)
             state = state._replace(lengths=lengths, is_finished=is_finished, budget=forced)
             jax.block_until_ready(state)
             clock, num_left = time.perf_counter(), NUM_STEPS
             while num_left:
-                state, record = dispatch(only, state, num_left)
+                state, record = dispatch(request, state, num_left)
                 num_left -= int(np.count_nonzero(record.pass_sizes))
             times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
     state = state._replace(is_finished=jnp.ones_like(state.is_finished))

@@ -69,21 +69,21 @@ def _batch(tree: DraftTree) -> DraftTree:
 @pytest.mark.parametrize(("chosen", "costs", "expected"), [(3, [1, 2, 3, 4], 2), (1, [1, 2, 3, 4], 1), (3, [9, 9, 5, 4], 3)])
 def test_a_pass_has_no_more_places_than_nodes_ask_for(chosen, costs, expected):
     tree = TREE._replace(parents=TREE.parents.at[3:].set(UNUSED))
-    index = budget.smallest(SIZES, jnp.asarray(costs, jnp.float32), jnp.int32(chosen), _batch(tree))
-    assert int(index) == expected
+    state = budget.start(SIZES, jnp.asarray(costs, jnp.float32), 1, 6)._replace(chosen=jnp.int32(chosen))
+    assert int(budget.smallest(state, SIZES, _batch(tree))) == expected
     blank = _batch(draft_tree.root_only(jnp.int32(3), 6))
-    assert int(budget.smallest(SIZES, jnp.asarray([1.0, 2, 3, 4]), jnp.int32(chosen), blank)) == 0
+    assert int(budget.smallest(state._replace(costs=jnp.asarray([1.0, 2, 3, 4])), SIZES, blank)) == 0
 
 
 def _simulate(costs, texts_go_on, num_steps: int) -> list[int]:
     """The chosen sizes of steps with TREE; at step i the text goes on as it says if `texts_go_on(i)`."""
-    costs = jnp.asarray(costs, jnp.float32)
-    state, text, out = budget.start(SIZES, costs, 1, 6), [3], []
-    advance = jax.jit(functools.partial(budget.advance, sizes=SIZES, costs=costs))
+    state, text, out = budget.start(SIZES, jnp.asarray(costs, jnp.float32), 1, 6), [3], []
+    advance = jax.jit(functools.partial(budget.advance, sizes=SIZES))
     for step in range(num_steps):
         out.append(SIZES[int(state.chosen)])
-        tree = _batch(TREE)
-        state = budget.watch(state, tree, jax.vmap(draft_tree.ancestor_mask)(tree), jnp.asarray([len(text)]))
+        if out[-1] > 1:
+            tree = _batch(TREE)
+            state = budget.watch(state, tree, jax.vmap(draft_tree.ancestor_mask)(tree), jnp.asarray([len(text)]))
         text += [4, 5, 6, 3] if texts_go_on(step) else [3]  # whatever was verified
         tokens = jnp.zeros((1, 600), jnp.int32).at[0, : len(text)].set(jnp.asarray(text))
         state = advance(state, tokens=tokens, lengths=jnp.asarray([len(text)]))

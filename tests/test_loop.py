@@ -30,8 +30,6 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
     rows = [Row([3, 4, 5] * 3, seed) for seed in range(num_rows)]
     mesh = lm.model.mesh
     request = sharding.put(runner.request_of(lm, rows, options), sharding.by_rows(mesh))
-    if sizes:
-        request = request._replace(costs=jnp.arange(1.0, len(sizes) + 1))
     slots = runner.num_slots(29)
     tokens = jnp.zeros((num_rows, slots), jnp.int32).at[:, :9].set(jnp.asarray([3, 4, 5] * 3))
     tokens = sharding.put(tokens, sharding.by_rows(mesh))
@@ -39,7 +37,7 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
     drafter_state = admission.init_drafter(drafter, request, tokens, None, mesh=mesh)
     settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0, sizes=sizes)
     state = admission.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
-    state = admission.with_budget(state, settings, request.costs, drafter.num_nodes)
+    state = admission.with_budget(state, settings, jnp.arange(1.0, len(sizes) + 1) if sizes else None, drafter.num_nodes)
     return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4), jnp.int32(1)), slots
 
 
