@@ -353,7 +353,7 @@ def replayed(drafter: Drafter, texts: Iterable[Turn]) -> Iterator[Outcome]:
 
     def dispatch(request: loop.Request, state: loop.State, max_steps: int) -> tuple[loop.State, loop.Record]:
         host = loop.refresh(drafter, request, state)
-        limits = (jnp.int32(max_steps), jnp.int32(1))
+        limits = (np.int32(max_steps), np.int32(1))
         out = loop.run_steps(None, loop.StepSettings(), None, drafter, request, host, state, *limits, sync_every=sync_every)
         return jax.block_until_ready(out)
 

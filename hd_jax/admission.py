@@ -70,11 +70,13 @@ def _before_text(
 
 
 def with_budget(state: State, settings: StepSettings, costs: jax.Array | None, num_nodes: int) -> State:
-    """The state with an adaptive budget that has learned nothing yet, for trees of `num_nodes`; as it is without costs."""
+    """The state with an adaptive budget that has learned nothing yet, for trees of `num_nodes`; as it is without costs.
+
+    The costs, float32[Z], are bound to the device (`sharding.put`), as the state is.
+    """
     if costs is None:
         return state
-    started = budget.start(settings.sizes, costs, state.lengths.size, num_nodes)
-    return state._replace(budget=sharding.put(started, None))  # one device has it
+    return state._replace(budget=budget.start(settings.sizes, costs, state.lengths.size, num_nodes))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "part_size"))

@@ -107,10 +107,12 @@ def ancestor_mask(tree: DraftTree) -> jax.Array:
     """bool[N, N]: whether node n has node m on its path to the root, itself included. An unused place has itself only."""
     num_nodes = tree.parents.shape[0]
     indices = jnp.arange(num_nodes)
-    reach = (tree.parents[:, None] == indices) | (indices[:, None] == indices)
+    reach = indices[:, None] == indices
+    above = jnp.where(tree.parents >= 0, tree.parents, indices)  # the ancestor that is `span` generations up, or the root
     span = 1
-    while span < num_nodes - 1:  # each product doubles the number of generations that `reach` covers
-        reach = (reach.astype(jnp.float32) @ reach.astype(jnp.float32)) > 0
+    while span < num_nodes:
+        reach |= reach[above]
+        above = above[above]
         span *= 2
     return reach
 

@@ -16,8 +16,8 @@ The targets may stand in a record instead (`Request.recorded`): then the same st
 the model or without one. Of a node that the record does not reach, here x, the target is unknown: NO_TOKEN.
 
 With an adaptive budget (budget.py) a step verifies the first n of the N nodes. The values of n are branches of one
-`lax.switch`, which reads the cache and returns the path's rows, never a cache. Steps that do not draft have a loop of their
-own, in turns with that one: they are plain decoding's, but for what drafter and budget learn from them.
+`lax.switch`, which reads the cache and returns the path's rows, never a cache. A step with n = 1, because nothing is to be
+drafted or the draft is empty, is plain decoding's, but for what drafter and budget learn from it.
 """
 
 from __future__ import annotations
@@ -218,12 +218,12 @@ def verification_pass(model: Llama, params: Any, tree, ancestors, depths, state:
 
 
 def refresh(drafter: Drafter, request: Request, state: State) -> Any:
-    """What the drafter looks up on the host before a dispatch of steps, of all rows."""
+    """What the drafter looks up on the host before a dispatch of steps, of all rows: numpy arrays."""
     if drafter.refresh is None:
         return ()
     fetched = tuple(sharding.fetch(x) for x in (state.tokens, state.lengths, request.prompt_lengths))
     found = [drafter.refresh(Context(*row)) for row in zip(*fetched, strict=True)]
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *found)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
 
 def recorded_targets(
@@ -352,36 +352,38 @@ def step(
     params: Any,
     drafter: Drafter,
     request: Request,
-    host: Any,
     state: State,
-    *,
-    is_drafted: bool = True,
+    tree: DraftTree,
+    ancestors: jax.Array,
+    choice: jax.Array | None = None,
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-    """One step of every row: draft, verify, commit, update. Rows that have ended stay as they are.
+    """One step of every row with its tree: verify, commit, update. Rows that have ended stay as they are.
 
-    Without a model the request's record says all targets, the cache is empty, and there are no logits. Static `is_drafted` says
-    whether the budget has chosen a size that drafts; without a budget it is True.
+    Without a model the request's record says all targets, the cache is empty, and there are no logits.
+
+    Args:
+      model: None, or of which `params` are.
+      settings: of the step.
+      params: of the model.
+      drafter: whose state is updated.
+      request: of all rows.
+      state: whose trees are watched where it has a budget and they were drafted.
+      tree: of as many places as the drafter has nodes (or settings.width), or of one.
+      ancestors: bool[B, places, places] of the tree.
+      choice: int32[], index of the settings' size whose first places are verified, not 0; None for all places.
 
     Returns:
       The state, the number of tokens appended and that of draft nodes verified, int32[B] each, and the pass's size, int32[].
     """
-    if is_drafted:
-        width = max(settings.width, drafter.num_nodes)
-        tree, ancestors = _draft(model, drafter, request, host, state, width)
+    num_places = tree.tokens.shape[1]
+    run = functools.partial(_verify, model, settings, params, drafter, request, state, max_size=num_places)
+    if choice is None:
+        size = jnp.int32(num_places)
+        verified = run(tree, ancestors, num_places)
     else:
-        width = 1
-        tree, ancestors = _root_only(request, state)
-    run = functools.partial(_verify, model, settings, params, drafter, request, state, max_size=width)
-    watching = state.budget
-    if state.budget is None or not is_drafted:
-        size = jnp.int32(width)
-        verified = run(tree, ancestors, width)
-    else:
-        index = budget.smallest(state.budget, settings.sizes, tree)
-        branches = [functools.partial(run, size=size) for size in settings.sizes]
-        verified = jax.lax.switch(index, branches, tree, ancestors)
-        size = jnp.asarray(settings.sizes)[index]
-        watching = budget.watch(state.budget, tree, ancestors, state.lengths)
+        branches = [functools.partial(run, size=size) for size in settings.sizes[1:]]
+        size = jnp.asarray(settings.sizes)[choice]
+        verified = jax.lax.switch(choice - 1, branches, tree, ancestors)
     depths = draft_tree.depths(ancestors)
     tree = tree._replace(parents=jnp.where(jnp.arange(tree.parents.shape[1]) < size, tree.parents, UNUSED))
 
@@ -415,7 +417,7 @@ def step(
         sources=_put(state.sources, sources.astype(jnp.int8), state.lengths),
         counts=counts,
         logprobs=logprobs,
-        budget=None if watching is None else budget.advance(watching, settings.sizes, tokens, lengths),
+        budget=None if state.budget is None else budget.advance(state.budget, settings.sizes, tokens, lengths),
     )
 
     tree = jax.tree.map(lambda x: x[:, : drafter.num_nodes], tree)  # without the places that exact mode adds
@@ -470,10 +472,10 @@ def run_steps(
             is_left &= (index == 0) | (state.budget.chosen == 0)
         return is_left
 
-    def body(carry, is_drafted: bool = True):
+    def take(carry, tree: DraftTree, ancestors: jax.Array, choice: jax.Array | None = None):
         index, state, record = carry
-        arguments = (model, settings, params, drafter, request, host, state)
-        state, num_appended, num_nodes, size = step(*arguments, is_drafted=is_drafted)
+        arguments = (model, settings, params, drafter, request, state, tree, ancestors, choice)
+        state, num_appended, num_nodes, size = step(*arguments)
         if model is not None:
             state = pinned(model, state)
         record = Record(
@@ -483,13 +485,33 @@ def run_steps(
         )
         return index + 1, state, record
 
-    def in_turns(carry):
-        """Steps that do not draft, then steps that do: in loops, since a `lax.cond` would copy the cache."""
-        is_plain = lambda carry: is_going_on(carry) & (carry[1].budget.chosen == 0)  # noqa: E731
-        is_drafting = lambda carry: is_going_on(carry) & (carry[1].budget.chosen > 0)  # noqa: E731
-        carry = jax.lax.while_loop(is_plain, functools.partial(body, is_drafted=False), carry)
-        return jax.lax.while_loop(is_drafting, body, carry)
+    def draft(state: State) -> tuple[DraftTree, jax.Array]:
+        return _draft(model, drafter, request, host, state, max(settings.width, drafter.num_nodes))
 
-    carry = (jnp.int32(0), state, record)
-    _, state, record = jax.lax.while_loop(is_going_on, body if state.budget is None else in_turns, carry)
+    def budgeted(carry):
+        """A draft and its step, or steps without drafts. They are loops, since a `lax.cond` would copy the cache."""
+        first, state, record = carry
+
+        def drafted():
+            tree, ancestors = draft(state)
+            choice = budget.smallest(state.budget, settings.sizes, tree)
+            return tree, ancestors, choice, budget.watch(state.budget, tree, ancestors, state.lengths)
+
+        def undrafted():
+            tree, ancestors, choice, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(drafted))
+            return tree, ancestors, choice, state.budget
+
+        tree, ancestors, choice, watching = jax.lax.cond(state.budget.chosen > 0, drafted, undrafted)
+
+        def is_plain(carry) -> jax.Array:
+            return is_going_on(carry) & (jnp.where(carry[0] == first, choice, carry[1].budget.chosen) == 0)
+
+        carry = (first, state._replace(budget=watching), record)
+        carry = jax.lax.while_loop(is_plain, lambda carry: take(carry, *_root_only(request, carry[1])), carry)
+        is_left = lambda carry: (carry[0] == first) & (choice > 0)  # noqa: E731
+        return jax.lax.while_loop(is_left, lambda carry: take(carry, tree, ancestors, choice), carry)
+
+    unbudgeted = lambda carry: take(carry, *draft(carry[1]))  # noqa: E731
+    body = unbudgeted if state.budget is None else budgeted
+    _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
     return state, record

@@ -215,7 +215,7 @@ def run(
     costs = None
     if is_adaptive:
         given = [options.budget[size] for size in sizes] if isinstance(options.budget, Mapping) else [1.0] * len(sizes)
-        costs = jnp.asarray(given, jnp.float32)
+        costs = sharding.put(np.asarray(given, np.float32), None)  # one device has a budget
     if options.loop == "host" or (drafter.refresh is not None and not is_adaptive):
         sync_every = 1
 
@@ -239,8 +239,9 @@ def run(
         return admission.admit(lm.model, state, new, sharding.put(jnp.asarray(places, jnp.int32), by_rows))
 
     def arguments(request: loop.Request, state: loop.State, max_steps: int, min_rows: int) -> tuple:
-        host = sharding.put(loop.refresh(drafter, request, state), by_rows)
-        return lm.model, settings, lm.params, drafter, request, host, state, jnp.int32(max_steps), jnp.int32(min_rows)
+        found = loop.refresh(drafter, request, state)
+        host = found if mesh is None else sharding.put(found, by_rows)  # a program takes arrays of the host sooner than `put`
+        return lm.model, settings, lm.params, drafter, request, host, state, np.int32(max_steps), np.int32(min_rows)
 
     def dispatch(request: loop.Request, state: loop.State, max_steps: int, min_rows: int = 1) -> tuple[loop.State, loop.Record]:
         return loop.run_steps(*arguments(request, state, max_steps, min_rows), sync_every=sync_every)
@@ -257,7 +258,7 @@ def run(
         program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
         key = (lm.model, settings, sync_every, step_costs.shape_key((drafter, request, state)))
         times, state = step_costs.of_program(key, program, dispatch, request, state, sizes)
-        costs = jnp.asarray(times, jnp.float32)
+        costs = sharding.put(np.asarray(times, np.float32), None)
         state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if not is_replaced:
         state = admitted(state, new, nowhere)

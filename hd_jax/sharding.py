@@ -213,6 +213,7 @@ def put(tree: Any, where: NamedSharding | None) -> Any:
         if isinstance(x, jax.Array) and x.sharding == where:
             return x
         host = np.asarray(x)
+        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
         return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
     return jax.tree.map(one, tree)
