@@ -287,10 +287,11 @@ def _draft(
     return tree, jax.vmap(draft_tree.ancestor_mask)(tree)
 
 
-def _root_only(request: Request, state: State) -> tuple[DraftTree, jax.Array]:
-    """As `_draft`, of a step that drafts nothing: trees of one place."""
+def _root_only(request: Request, state: State, width: int = 1) -> tuple[DraftTree, jax.Array]:
+    """As `_draft`, of a step that drafts nothing."""
     roots = jax.vmap(lambda context: context.root)(_contexts(request, state, ()))
-    return jax.vmap(draft_tree.root_only)(roots), jnp.ones((*roots.shape, 1, 1), bool)
+    tree = jax.vmap(draft_tree.root_only, in_axes=(0, None))(roots, width)
+    return tree, jnp.broadcast_to(jnp.eye(width, dtype=bool), (*roots.shape, width, width))
 
 
 def _verify(
@@ -485,21 +486,20 @@ def run_steps(
         )
         return index + 1, state, record
 
-    def draft(state: State) -> tuple[DraftTree, jax.Array]:
-        return _draft(model, drafter, request, host, state, max(settings.width, drafter.num_nodes))
+    width = max(settings.width, drafter.num_nodes)
+    draft = functools.partial(_draft, model, drafter, request, host, width=width)
 
     def budgeted(carry):
         """A draft and its step, or steps without drafts. They are loops, since a `lax.cond` would copy the cache."""
         first, state, record = carry
 
         def drafted():
-            tree, ancestors = draft(state)
+            tree, ancestors = draft(state=state)
             choice = budget.smallest(state.budget, settings.sizes, tree)
             return tree, ancestors, choice, budget.watch(state.budget, tree, ancestors, state.lengths)
 
         def undrafted():
-            tree, ancestors, choice, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(drafted))
-            return tree, ancestors, choice, state.budget
+            return *_root_only(request, state, width), jnp.int32(0), state.budget
 
         tree, ancestors, choice, watching = jax.lax.cond(state.budget.chosen > 0, drafted, undrafted)
 
@@ -511,7 +511,7 @@ def run_steps(
         is_left = lambda carry: (carry[0] == first) & (choice > 0)  # noqa: E731
         return jax.lax.while_loop(is_left, lambda carry: take(carry, tree, ancestors, choice), carry)
 
-    unbudgeted = lambda carry: take(carry, *draft(carry[1]))  # noqa: E731
+    unbudgeted = lambda carry: take(carry, *draft(state=carry[1]))  # noqa: E731
     body = unbudgeted if state.budget is None else budgeted
     _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
     return state, record

@@ -6,6 +6,7 @@ and size of the cache. Its key is the program's text: a program that has changed
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,10 +18,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import loop
+from hd_jax import loop, sharding
 
 NUM_STEPS = 6  # of each size in a round
 NUM_ROUNDS = 5  # whose medians count, after one to warm up
@@ -47,26 +47,28 @@ def measure(
       as they were.
     """
     assert state.budget is not None
+    bound = functools.partial(sharding.put, where=None)  # as what decodes is, or the program would be compiled twice
     request = request._replace(
-        limits=jnp.full_like(request.limits, np.iinfo(np.int32).max),
-        stop_tokens=jnp.full_like(request.stop_tokens, np.iinfo(np.int32).min),  # not NO_TOKEN, which ends a record
+        limits=bound(np.full_like(request.limits, np.iinfo(np.int32).max)),
+        stop_tokens=bound(np.full_like(request.stop_tokens, np.iinfo(np.int32).min)),  # not NO_TOKEN, which ends a record
     )
     times: list[list[float]] = [[] for _ in sizes]
     for _ in range(NUM_ROUNDS + 1):
         for index, _ in enumerate(sizes):
             # A size whose cost is infinite is not chosen, and without a draft the wait is not over before the end.
-            only = jnp.full(len(sizes), jnp.inf).at[index].set(1.0)
+            only = np.full(len(sizes), np.inf, np.float32)
+            only[index] = 1.0
             assert state.budget is not None
-            forced = state.budget._replace(costs=only, chosen=jnp.int32(index), wait=jnp.int32(NUM_STEPS + 1))
-            lengths, is_finished = jnp.array(request.prompt_lengths), jnp.zeros_like(state.is_finished)
-            state = state._replace(lengths=lengths, is_finished=is_finished, budget=forced)
+            forced = {"costs": only, "chosen": np.int32(index), "wait": np.int32(NUM_STEPS + 1)}
+            begun = {"lengths": np.array(request.prompt_lengths), "is_finished": np.zeros_like(state.is_finished)}
+            state = state._replace(**bound(begun), budget=state.budget._replace(**bound(forced)))
             jax.block_until_ready(state)
             clock, num_left = time.perf_counter(), NUM_STEPS
             while num_left:
                 state, record = dispatch(request, state, num_left)
                 num_left -= int(np.count_nonzero(record.pass_sizes))
             times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
-    state = state._replace(is_finished=jnp.ones_like(state.is_finished))
+    state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
     return [statistics.median(rounds[1:]) for rounds in times], state
 
 

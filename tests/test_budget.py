@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hd_jax import budget, decode, draft_tree, exactness, step_costs
+from hd_jax import budget, decode, draft_tree, exactness, loop, step_costs
 from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter
 
@@ -157,7 +157,9 @@ def test_costs_are_measured_once_and_kept(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(step_costs, "measure", counted)
     monkeypatch.setattr(step_costs, "path_of", lambda program: tmp_path / "costs" / f"{len(program)}.json")
     monkeypatch.setattr(step_costs, "_known", {})
+    num_programs = loop.run_steps._cache_size()
     first = decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
+    assert loop.run_steps._cache_size() == num_programs + 1  # the one that is measured decodes
     (path,) = (tmp_path / "costs").iterdir()
     stored = step_costs.read(path, (1, 4, 8, 11))
     assert stored is not None and min(stored) > 0
