@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -36,6 +37,9 @@ def measure(
 ) -> tuple[list[float], loop.State]:
     """Milliseconds of a step of each size. The sizes take turns, so that a slow moment of the machine slows all alike.
 
+    A size's steps are run twice, and timed the second time: the first ones would pay for what the size before them, a larger or
+    a smaller one, has left in the processor's caches.
+
     Args:
       dispatch: runs a number of steps at most; the state is donated.
       request: whose prompts are decoded; neither its limits nor its stop tokens count.
@@ -54,7 +58,7 @@ def measure(
     )
     times: list[list[float]] = [[] for _ in sizes]
     for _ in range(NUM_ROUNDS + 1):
-        for index, _ in enumerate(sizes):
+        for index, is_timed in itertools.product(range(len(sizes)), (False, True)):
             # A size whose cost is infinite is not chosen, and without a draft the wait is not over before the end.
             only = np.full(len(sizes), np.inf, np.float32)
             only[index] = 1.0
@@ -67,7 +71,8 @@ def measure(
             while num_left:
                 state, record = dispatch(request, state, num_left)
                 num_left -= int(np.count_nonzero(record.pass_sizes))
-            times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
+            if is_timed:
+                times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
     state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
     return [statistics.median(rounds[1:]) for rounds in times], state
 
