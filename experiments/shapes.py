@@ -29,6 +29,7 @@ def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, 
 
 
 SHAPES: dict[str, ModelConfig] = {
+    "llama-68m": _llama(32000, 768, 3072, 2, 12, 12),
     "llama-160m": _llama(32000, 768, 3072, 12, 12, 12),
     "tinyllama-1.1b": _llama(32000, 2048, 5632, 22, 32, 4),
     "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32),

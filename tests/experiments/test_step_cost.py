@@ -37,10 +37,11 @@ def test_bytes_read_are_the_weights_and_the_committed_keys_and_values(lm):
     assert step_cost.bytes_read(lm, 10) - weights == 10 * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
 
 
-def test_a_shape_has_its_sizes():
+@pytest.mark.parametrize(("shape", "num_parameters"), [("llama-68m", 68_030_208), ("llama-160m", 162_417_408)])
+def test_a_shape_has_its_sizes(shape, num_parameters):
     tokenizer = tokenizers.load(decode.EMBEDDED)
-    model = shapes.random_model("llama-160m", tokenizer, dtype="bfloat16")
-    assert sum(x.size for x in jax.tree.leaves(model.params)) == 162_417_408  # as JackFram/llama-160m has
+    model = shapes.random_model(shape, tokenizer, dtype="bfloat16")
+    assert sum(x.size for x in jax.tree.leaves(model.params)) == num_parameters
     assert model.params["layers_0"]["self_attn"]["qkv_proj"]["weight"].dtype == "bfloat16"
 
 
