@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import pathlib
-import statistics
 import time
 import uuid
 from collections.abc import Callable, Hashable, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 from hd_jax import loop, sharding
 
 NUM_STEPS = 6  # of each size in a round
-NUM_ROUNDS = 5  # whose medians count, after one to warm up
+NUM_ROUNDS = 8  # whose medians count, after one to warm up
 FOLDER = "step_costs"  # inside that of JAX's compilation cache
 
 _known: dict[Hashable, list[float]] = {}  # times of the programs that this process has run, by key
@@ -35,7 +34,8 @@ Dispatch = Callable[[loop.Request, loop.State, int], tuple[loop.State, loop.Reco
 def measure(
     dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]
 ) -> tuple[list[float], loop.State]:
-    """Milliseconds of a step of each size. The sizes take turns, so that a slow moment of the machine slows all alike.
+    """Milliseconds of a step of each size. The sizes take turns, and medians are of their ratios to size 1 in the same turn: so
+    a slow moment of the machine slows all alike.
 
     A size's steps are run twice, and timed the second time: the first ones would pay for what the size before them, a larger or
     a smaller one, has left in the processor's caches.
@@ -74,7 +74,8 @@ def measure(
             if is_timed:
                 times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
     state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
-    return [statistics.median(rounds[1:]) for rounds in times], state
+    rounds = np.asarray(times)[:, 1:]
+    return (np.median(rounds[0]) * np.median(rounds / rounds[0], axis=1)).tolist(), state
 
 
 def of_program(
