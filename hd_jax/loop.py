@@ -226,23 +226,6 @@ def refresh(drafter: Drafter, request: Request, state: State) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
 
-def recorded_targets(
-    recorded: jax.Array, tree: DraftTree, ancestors: jax.Array, depths: jax.Array, length: jax.Array
-) -> jax.Array:
-    """The token after each node in one row's record, int32[N]; NO_TOKEN after a node that the record does not go through.
-
-    Args:
-      recorded: int32[any].
-      tree: one row's; its root is recorded[length - 1].
-      ancestors: bool[N, N] of the tree.
-      depths: int32[N].
-      length: int32[], the root included.
-    """
-    at = lambda slots: recorded.at[slots].get(mode="fill", fill_value=NO_TOKEN)  # noqa: E731
-    is_said = draft_tree.is_node(tree) & ~tree.is_window & (tree.tokens == at(length - 1 + depths))
-    return jnp.where(jnp.any(ancestors & ~is_said, axis=-1), NO_TOKEN, at(length + depths))
-
-
 def _put(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Writes [B, P, ...] values into [B, S, ...] at each row's slot."""
     put = lambda b, v, slot: jax.lax.dynamic_update_slice(b, v, (slot,) + (0,) * (b.ndim - 1))  # noqa: E731
@@ -313,7 +296,7 @@ def _verify(
     max_depth = min(drafter.max_depth, size - 1)
     known = None
     if request.recorded is not None:
-        known = jax.vmap(recorded_targets)(request.recorded, tree, ancestors, depths, state.lengths)
+        known = jax.vmap(verify.recorded_targets)(request.recorded, tree, ancestors, depths, state.lengths)
     if model is not None:
         logits, new_rows = verification_pass(model, params, tree, ancestors, depths, state, settings.is_exact)
         targets = sampling.draw(logits, state.lengths, depths, max_depth, settings.mode, request.sampling)

@@ -1,7 +1,7 @@
 """Verification: from the target token of every node to the accepted path. Greedy and sampled decoding are one rule.
 
 A child is accepted iff its token is the one that the model draws after its parent. So the text is the one that drawing
-token by token would have given, whatever was drafted.
+token by token would have given, whatever was drafted. The targets may stand in a record of the text instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hd_jax import draft_tree
-from hd_jax.draft_tree import NO_NODE, DraftTree
+from hd_jax.draft_tree import NO_NODE, NO_TOKEN, DraftTree
 
 
 class Path(NamedTuple):
@@ -20,6 +20,23 @@ class Path(NamedTuple):
 
     nodes: jax.Array  # int32[P], root first, then NO_NODE; P = max_depth + 1
     num_accepted: jax.Array  # int32[], accepted nodes, the root not counted
+
+
+def recorded_targets(
+    recorded: jax.Array, tree: DraftTree, ancestors: jax.Array, depths: jax.Array, length: jax.Array
+) -> jax.Array:
+    """The token after each node in one row's record, int32[N]; NO_TOKEN after a node that the record does not go through.
+
+    Args:
+      recorded: int32[any].
+      tree: one row's; its root is recorded[length - 1].
+      ancestors: bool[N, N] of the tree.
+      depths: int32[N].
+      length: int32[], the root included.
+    """
+    at = lambda slots: recorded.at[slots].get(mode="fill", fill_value=NO_TOKEN)  # noqa: E731
+    is_said = draft_tree.is_node(tree) & ~tree.is_window & (tree.tokens == at(length - 1 + depths))
+    return jnp.where(jnp.any(ancestors & ~is_said, axis=-1), NO_TOKEN, at(length + depths))
 
 
 def walk(tree: DraftTree, ancestors: jax.Array, targets: jax.Array, max_depth: int) -> Path:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax import export
 
-from hd_jax import admission, draft_tree, drafters, loop, runner, sharding
+from hd_jax import admission, drafters, loop, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
-from hd_jax.draft_tree import NO_PARENT, NO_TOKEN, UNUSED, DraftTree
+from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters import Drafter
 from hd_jax.models.llama import SLOTS_AT_ONCE, Llama, empty_cache
 from hd_jax.runner import LM, Options, Row
@@ -200,27 +200,6 @@ def test_finished_rows_stay_as_they_are(lm):
     assert state.lengths.tolist() == [12, 29]
     assert np.asarray(record.num_appended).sum(axis=1).tolist() == [3, 20]
     assert int(state.counts[0].sum()) <= int(state.counts[1].sum())
-
-
-def _tree(*nodes: tuple[int, int]) -> DraftTree:
-    """A tree of (token, parent) nodes."""
-    tokens, parents = (jnp.asarray(column, jnp.int32) for column in zip(*nodes, strict=True))
-    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool))
-
-
-@pytest.mark.parametrize(
-    ("length", "tree", "expected"),
-    [
-        # The record is 5 6 7 8 9: the path 7 8 is in it; 4 is not, nor is the 8 after it, nor an unused place.
-        (2, _tree((6, NO_PARENT), (7, 0), (4, 0), (8, 1), (8, 2), (0, UNUSED)), [7, 8, NO_TOKEN, 9, NO_TOKEN, NO_TOKEN]),
-        (5, _tree((9, NO_PARENT), (5, 0)), [NO_TOKEN, NO_TOKEN]),  # the record has ended
-    ],
-)
-def test_only_nodes_on_the_recorded_path_have_recorded_targets(length, tree, expected):
-    recorded = jnp.asarray([5, 6, 7, 8, 9, NO_TOKEN, NO_TOKEN, NO_TOKEN])
-    ancestors = draft_tree.ancestor_mask(tree)
-    targets = loop.recorded_targets(recorded, tree, ancestors, draft_tree.depths(ancestors), jnp.int32(length))
-    assert targets.tolist() == expected
 
 
 def _recorded(arguments, texts):

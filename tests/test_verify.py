@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hd_jax import draft_tree, verify
-from hd_jax.draft_tree import NO_NODE, NO_PARENT, NO_SOURCE, UNUSED, DraftTree
+from hd_jax.draft_tree import NO_NODE, NO_PARENT, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
 
 P, U = NO_PARENT, UNUSED
 
@@ -88,3 +88,24 @@ def test_nodes_below_max_depth_are_not_accepted():
     found = verify.walk(tree, draft_tree.ancestor_mask(tree), jnp.asarray([3, 4, 5, 6]), max_depth=2)
     assert found.nodes.tolist() == [0, 1, 2]
     assert int(found.num_accepted) == 2
+
+
+def _tree(*nodes: tuple[int, int]) -> DraftTree:
+    """A tree of (token, parent) nodes."""
+    tokens, parents = (jnp.asarray(column, jnp.int32) for column in zip(*nodes, strict=True))
+    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool))
+
+
+@pytest.mark.parametrize(
+    ("length", "tree", "expected"),
+    [
+        # The record is 5 6 7 8 9: the path 7 8 is in it; 4 is not, nor is the 8 after it, nor an unused place.
+        (2, _tree((6, NO_PARENT), (7, 0), (4, 0), (8, 1), (8, 2), (0, UNUSED)), [7, 8, NO_TOKEN, 9, NO_TOKEN, NO_TOKEN]),
+        (5, _tree((9, NO_PARENT), (5, 0)), [NO_TOKEN, NO_TOKEN]),  # the record has ended
+    ],
+)
+def test_only_nodes_on_the_recorded_path_have_recorded_targets(length, tree, expected):
+    recorded = jnp.asarray([5, 6, 7, 8, 9, NO_TOKEN, NO_TOKEN, NO_TOKEN])
+    ancestors = draft_tree.ancestor_mask(tree)
+    targets = verify.recorded_targets(recorded, tree, ancestors, draft_tree.depths(ancestors), jnp.int32(length))
+    assert targets.tolist() == expected
