@@ -258,7 +258,7 @@ def _fit(x: jax.Array, size: int, axis: int, filler: int = 0) -> jax.Array:
 
 
 def _draft(
-    model: Llama | None, drafter: Drafter, request: Request, host: Any, state: State, width: int
+    model: Llama | None, drafter: Drafter, request: Request, host: Any, width: int, state: State
 ) -> tuple[DraftTree, jax.Array]:
     """Every row's tree with places up to `width`, and bool[B, width, width] ancestors."""
     contexts = _contexts(request, state, host)
@@ -289,7 +289,7 @@ def _verify(
     size: int,
     max_size: int,
 ) -> _Verified:
-    """Runs the first `size` places of every row's tree; the cache is read only. Arrays are of `max_size` places (or of N)."""
+    """Runs the first `size` of each row's `max_size` places; what it returns has room for all. The cache is read only."""
     mesh = None if model is None else model.mesh
     tree, ancestors = jax.tree.map(lambda x: x[:, :size], tree), ancestors[:, :size, :size]
     depths = draft_tree.depths(ancestors)
@@ -470,14 +470,14 @@ def run_steps(
         return index + 1, state, record
 
     width = max(settings.width, drafter.num_nodes)
-    draft = functools.partial(_draft, model, drafter, request, host, width=width)
+    draft = functools.partial(_draft, model, drafter, request, host, width)
 
     def budgeted(carry):
         """A draft and its step, or steps without drafts. They are loops, since a `lax.cond` would copy the cache."""
         first, state, record = carry
 
         def drafted():
-            tree, ancestors = draft(state=state)
+            tree, ancestors = draft(state)
             choice = budget.smallest(state.budget, settings.sizes, tree)
             return tree, ancestors, choice, budget.watch(state.budget, tree, ancestors, state.lengths)
 
@@ -494,7 +494,7 @@ def run_steps(
         is_left = lambda carry: (carry[0] == first) & (choice > 0)  # noqa: E731
         return jax.lax.while_loop(is_left, lambda carry: take(carry, tree, ancestors, choice), carry)
 
-    unbudgeted = lambda carry: take(carry, *draft(state=carry[1]))  # noqa: E731
+    unbudgeted = lambda carry: take(carry, *draft(carry[1]))  # noqa: E731
     body = unbudgeted if state.budget is None else budgeted
     _, state, record = jax.lax.while_loop(is_going_on, body, (jnp.int32(0), state, record))
     return state, record

@@ -34,11 +34,11 @@ Dispatch = Callable[[loop.Request, loop.State, int], tuple[loop.State, loop.Reco
 def measure(
     dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]
 ) -> tuple[list[float], loop.State]:
-    """Milliseconds of a step of each size. The sizes take turns, and medians are of their ratios to size 1 in the same turn: so
-    a slow moment of the machine slows all alike.
+    """Milliseconds of a step of each size.
 
-    A size's steps are run twice, and timed the second time: the first ones would pay for what the size before them, a larger or
-    a smaller one, has left in the processor's caches.
+    The sizes take turns, and medians are of their ratios to size 1 in the same turn: a slow moment slows all alike. A size's
+    steps are run twice, and timed the second time: the first ones would pay for what the size before them, a larger or a
+    smaller one, has left in the processor's caches.
 
     Args:
       dispatch: runs a number of steps at most; the state is donated.

@@ -146,6 +146,28 @@ def test_fewer_nodes_where_drafts_are_wrong(lm, loop):
     assert set(fixed.pass_sizes) == {9}
 
 
+@functools.lru_cache
+def nothing() -> Drafter:
+    """Drafts no node in its nine places."""
+
+    def draft(tables, state, context: Context) -> DraftTree:
+        del tables, state
+        return draft_tree.root_only(context.root, 9)
+
+    return Drafter("nothing", num_nodes=9, max_depth=8, source_names=("nothing",), draft=draft)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_the_step_of_an_empty_draft_is_plain(lm, num_rows):
+    cheap = {1: 1.0, 2: 1.01, 5: 1.02, 9: 1.03}  # at such costs the first steps draft
+    prompts = [PROMPT, PROMPT[1:]][:num_rows]
+    outs = decode.generate(lm, prompts, drafter=nothing(), max_new_tokens=40, budget=cheap)
+    for out, plain in zip(outs, decode.generate(lm, prompts, max_new_tokens=40), strict=True):
+        assert out.tokens == plain.tokens
+        assert set(out.pass_sizes) == {1}
+        assert out.nodes_per_step == 0
+
+
 def test_costs_are_measured_once_and_kept(lm, tmp_path, monkeypatch):
     calls = []
     measure = step_costs.measure
