@@ -72,7 +72,7 @@ def _before_text(
 def with_budget(state: State, settings: StepSettings, costs: jax.Array | None, num_nodes: int) -> State:
     """The state with an adaptive budget that has learned nothing yet, for trees of `num_nodes`; as it is without costs.
 
-    The costs, float32[Z], are bound to the device (`sharding.put`), as the state is.
+    The costs, float32[1 + Z], are bound to the device (`sharding.put`), as the state is.
     """
     if costs is None:
         return state

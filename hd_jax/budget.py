@@ -1,18 +1,20 @@
-"""The adaptive budget: how many nodes of a draft each step verifies, by what passes cost and by what drafts have earned.
+"""The adaptive budget: how many nodes of a draft each step verifies, by what passes cost and by what drafts promise.
 
 A drafter's tree of N nodes holds a smaller tree in every prefix: its first n nodes. A step verifies the first n of one of a few
-compiled sizes, for all rows of a batch the one that promises most tokens for its cost; size 1 drafts nothing.
+compiled sizes, for all rows of a batch the one that promises most tokens for its cost; with size 1, the root alone.
 
-What a size would have earned is learned in hindsight. A drafted tree is kept until the text, however it was verified, has
-gone on to a token that the tree does not hold. Then the depth that the text reached in each prefix is known, in those
-that were not verified too, and enters a moving average:
+What a size promises is the sum of its nodes' probabilities, by the drafter's own estimate. What it would have earned is learned
+in hindsight, and corrects the estimates: a drafted tree is kept until the text, however it was verified, has gone on to a token
+that the tree does not hold. Then the depth that the text reached in each prefix is known, in those that were not verified too:
 
     tree   c -> d -> e -> f , c -> x     sizes 1, 2, 4, 6
     text   c d e g                       depths 0, 1, 2, 2: the sizes would have appended 1, 2, 3, 3 tokens
 
-One tree a row is watched at a time. When no size earns its cost, steps verify the root alone for a while, then one draft is
-tried again. The waits are in proportion to what a try costs, and as long as tries fail, they grow: so useless tries take at
-most a ninth of the time, and a thirty-third in the end.
+One tree a row is watched at a time. Moving averages of both, promised and earned, give each size's correction.
+
+When drafts promise too little for what they cost, steps verify the root alone for a while, undrafted; then one draft is tried
+again. A try is verified only as far as it promises to pay, so most cost no more than the drafting. The waits are in proportion
+to that, and as long as tries fail, they grow: so useless tries take at most a ninth of the time, and a thirty-third in the end.
 """
 
 from __future__ import annotations
@@ -26,18 +28,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from hd_jax import draft_tree
-from hd_jax.draft_tree import NO_TOKEN, DraftTree
+from hd_jax.draft_tree import NO_TOKEN, ROOT_INDEX, DraftTree
 
 SIZES = (4, 8, 16, 32, 64)  # nodes of a pass besides 1 and the drafter's N, where they are smaller
 MIN_RATIO = 4 / 3  # of N to the next smaller size: each size is a program to compile
 # Tokens that the first drafted size is taken to add before anything is known, and what each next one adds to that. By
-# simulation on the embedded model's answers to the embedded questions, with four drafters and two cost curves, mean speeds
-# differ by two per cent from a gain of 0.35 to 1.4: so it is a low one, which spares short answers the tries.
+# simulation on the embedded model's answers to the embedded questions, a low gain spares short answers useless drafts, and
+# loses little in long ones: with `hd_tree`, 0.3 / 0.5 / 0.8 gave 1.62 / 1.65 / 1.57 times plain decoding's speed.
 FIRST_GAIN = 0.5
 GAIN_RATIO = 0.7
 RATE = 0.2  # weight of the newest tree
 FIRST_WAIT, MAX_WAIT = 8, 32  # before the first try, where drafts are not expected to pay, and at most: by a try's extra cost
+MIN_PROMISE = 1e-3  # tokens; a correction divides by what was promised
 NOTHING_WATCHED = 0  # in place of a length
+PLAIN, ROOT_ALONE = 0, 1  # places in the costs: a step that drafts nothing, and one that drafts and verifies the root alone
 
 
 class Watched(NamedTuple):
@@ -51,11 +55,14 @@ class Watched(NamedTuple):
 class State(NamedTuple):
     """Z sizes, ascending; the first is 1."""
 
-    costs: jax.Array  # float32[Z], of a step of each size, in any unit
-    gains: jax.Array  # float32[Z - 1], tokens a step that each size adds to the next smaller one
-    chosen: jax.Array  # int32[], index of the next step's size; 0: nothing is drafted
+    costs: jax.Array  # float32[1 + Z], in any unit: of a step that drafts nothing, then of one that drafts, by what it verifies
+    earned: jax.Array  # float32[Z - 1], tokens a draft that each size would have added to the next smaller one
+    promised: jax.Array  # float32[Z - 1], of the same drafts, by their own probabilities
+    tokens: jax.Array  # float32[], of the latest drafted steps, as they promised to append after correction
+    cost: jax.Array  # float32[], of these steps
+    is_drafting: jax.Array  # bool[], whether the next step drafts
     wait: jax.Array  # int32[], further steps without a draft before the next try
-    next_wait: jax.Array  # int32[], the wait after the next failure, in units of the extra cost of the draft that failed
+    next_wait: jax.Array  # int32[], the wait after the next failure, in units of what drafting adds to a step's cost
     watched: Watched
 
 
@@ -70,32 +77,67 @@ def start(sizes: tuple[int, ...], costs: jax.Array, num_rows: int, num_nodes: in
 
     Args:
       sizes: Z of them; this and the last two are static.
-      costs: float32[Z], as in a State.
+      costs: float32[1 + Z], as in a State.
       num_rows: B.
       num_nodes: N.
     """
     tree = jax.vmap(draft_tree.root_only, in_axes=(0, None))(jnp.zeros(num_rows, jnp.int32), num_nodes)
     ancestors = jnp.zeros((num_rows, num_nodes, num_nodes), bool)
     watched = Watched(tree, ancestors, jnp.full(num_rows, NOTHING_WATCHED, jnp.int32))
-    gains = jnp.asarray(FIRST_GAIN * GAIN_RATIO ** np.arange(len(sizes) - 1), jnp.float32)
-    chosen = jnp.argmax(_values(gains, costs)).astype(jnp.int32)
-    wait = jnp.where(chosen > 0, 0, _steps(FIRST_WAIT, jnp.min(costs[1:]), costs))
-    return State(jnp.array(costs), gains, chosen, wait, jnp.int32(FIRST_WAIT), watched)  # its own costs: a state is donated
+    gains = _first_gains(sizes)
+    _, tokens, cost = _best(gains, costs)
+    wait = jnp.where(_pays(tokens, cost, costs), 0, _steps(FIRST_WAIT, costs))
+    return State(
+        costs=jnp.array(costs),  # its own: a state is donated
+        earned=jnp.array(gains),
+        promised=jnp.array(gains),
+        tokens=tokens,
+        cost=cost,
+        is_drafting=wait == 0,
+        wait=wait,
+        next_wait=jnp.int32(FIRST_WAIT),
+        watched=watched,
+    )
 
 
-def smallest(state: State, sizes: Sequence[int], tree: DraftTree) -> jax.Array:
-    """int32[]: index of the cheapest size that holds as many nodes of the batch's trees as the chosen one."""
-    places = jnp.arange(tree.parents.shape[1])
-    is_held = draft_tree.is_node(tree) & (places < jnp.asarray(sizes)[state.chosen])
-    num_held = jnp.max(jnp.where(is_held, places + 1, 1))
-    return jnp.argmin(jnp.where(np.asarray(sizes) >= num_held, state.costs, jnp.inf)).astype(jnp.int32)
+def promises(tree: DraftTree, sizes: Sequence[int]) -> jax.Array:
+    """float32[Z - 1]: the tokens that each size adds to the next smaller one by the probabilities of one row's nodes.
+
+    Where a drafter has no estimate, nodes share what a size is taken to add before anything is known.
+    """
+    places = np.arange(tree.tokens.shape[0])
+    first_size = np.maximum(np.searchsorted(sizes, places + 1) - 1, 0)  # the size, above 1, that first holds each place
+    unknown = _first_gains(sizes) / np.diff(sizes)
+    probabilities = jnp.where(tree.probabilities < 0, unknown[first_size], tree.probabilities)
+    is_counted = draft_tree.is_node(tree) & ~tree.is_window & (places != ROOT_INDEX)
+    is_of_size = first_size == np.arange(len(sizes) - 1)[:, None]
+    return jnp.sum(jnp.where(is_counted & is_of_size, probabilities, 0.0), axis=1)
 
 
-def watch(state: State, tree: DraftTree, ancestors: jax.Array, lengths: jax.Array) -> State:
-    """Begins to watch a step's trees where none is watched. `lengths` int32[B]: of the text, when they were drafted."""
+def choose(
+    state: State, sizes: Sequence[int], tree: DraftTree, ancestors: jax.Array, lengths: jax.Array, is_finished: jax.Array
+) -> tuple[jax.Array, State]:
+    """The size for a step's drafts, which are watched from now on in rows where nothing is.
+
+    Args:
+      state: before the step.
+      sizes: Z of them.
+      tree: of B rows, N places.
+      ancestors: bool[B, N, N] of it.
+      lengths: int32[B], of the texts.
+      is_finished: bool[B], rows that do not count; not all of them.
+
+    Returns:
+      int32[] index of the size, 0 where the root alone is worth verifying, and the state.
+    """
+    of_rows = jax.vmap(functools.partial(promises, sizes=tuple(sizes)))(tree)
+    mean = jnp.sum(jnp.where(is_finished[:, None], 0.0, of_rows), axis=0) / jnp.sum(~is_finished)
+    size, tokens, cost = _best(mean * state.earned / jnp.maximum(state.promised, MIN_PROMISE), state.costs)
     is_new = state.watched.lengths == NOTHING_WATCHED
     pick = lambda new, old: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
-    return state._replace(watched=jax.tree.map(pick, Watched(tree, ancestors, lengths), state.watched))
+    watched = jax.tree.map(pick, Watched(tree, ancestors, lengths), state.watched)
+    tokens, cost = state.tokens + RATE * (tokens - state.tokens), state.cost + RATE * (cost - state.cost)
+    return size, state._replace(tokens=tokens, cost=cost, watched=watched)
 
 
 def reached(watched: Watched, sizes: Sequence[int], tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,7 +164,7 @@ def reached(watched: Watched, sizes: Sequence[int], tokens: jax.Array, length: j
 
 
 def advance(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax.Array) -> State:
-    """The state after a step: learns from the trees whose depths are final, and chooses the next size.
+    """The state after a step: learns from the trees whose depths are final, and says whether the next step drafts.
 
     Args:
       state: the step's trees are watched, if it drafted any.
@@ -130,25 +172,34 @@ def advance(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax.
       tokens: int32[B, S], the texts after the step.
       lengths: int32[B], of them.
     """
-    reach = jax.vmap(functools.partial(reached, sizes=tuple(sizes)))
-    nowhere = jnp.zeros((lengths.size, len(sizes)), jnp.int32), jnp.zeros(lengths.size, bool)
-    is_watching = jnp.any(state.watched.lengths != NOTHING_WATCHED)
-    depths, is_final = jax.lax.cond(is_watching, lambda: reach(state.watched, tokens=tokens, length=lengths), lambda: nowhere)
-    num_final = jnp.sum(is_final)
-    mean = jnp.sum(jnp.where(is_final[:, None], jnp.diff(depths, axis=1), 0), axis=0) / jnp.maximum(num_final, 1)
-    weight = 1 - (1 - RATE) ** num_final.astype(jnp.float32)  # as if they had come one by one
-    gains = state.gains + weight * (mean - state.gains)
-    watched = state.watched._replace(lengths=jnp.where(is_final, NOTHING_WATCHED, state.watched.lengths))
+    state = jax.lax.cond(
+        jnp.any(state.watched.lengths != NOTHING_WATCHED), lambda: _learned(state, sizes, tokens, lengths), lambda: state
+    )
+    pays = _pays(state.tokens, state.cost, state.costs)
+    after_failure = _steps(state.next_wait, state.costs)
+    wait = jnp.where(state.is_drafting, after_failure, jnp.maximum(state.wait - 1, 0))
+    next_wait = jnp.where(state.is_drafting, jnp.minimum(2 * state.next_wait, MAX_WAIT), state.next_wait)
+    wait, next_wait = jnp.where(pays, 0, wait), jnp.where(pays, FIRST_WAIT, next_wait)
+    return state._replace(is_drafting=wait == 0, wait=wait, next_wait=next_wait)
 
-    values = _values(gains, state.costs)
-    best = jnp.argmax(values)
-    has_failed = (best == 0) & (state.chosen > 0)
-    after_failure = _steps(state.next_wait, state.costs[state.chosen], state.costs)
-    wait = jnp.where(best > 0, 0, jnp.where(has_failed, after_failure, jnp.maximum(state.wait - 1, 0)))
-    next_wait = jnp.where(has_failed, jnp.minimum(2 * state.next_wait, MAX_WAIT), state.next_wait)
-    next_wait = jnp.where(best > 0, FIRST_WAIT, next_wait)
-    chosen = jnp.where(wait > 0, 0, 1 + jnp.argmax(values[1:]))
-    return State(state.costs, gains, chosen.astype(jnp.int32), wait, next_wait, watched)
+
+def _learned(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax.Array) -> State:
+    """The state after what it watches has shown its depths, as `advance`."""
+    watched = state.watched
+    depths, is_final = jax.vmap(functools.partial(reached, sizes=tuple(sizes)))(watched, tokens=tokens, length=lengths)
+    promised = jax.vmap(functools.partial(promises, sizes=tuple(sizes)))(watched.tree)
+    num_final = jnp.sum(is_final)
+    weight = 1 - (1 - RATE) ** num_final.astype(jnp.float32)  # as if they had come one by one
+
+    def moved(average: jax.Array, values: jax.Array) -> jax.Array:
+        mean = jnp.sum(jnp.where(is_final[:, None], values, 0), axis=0) / jnp.maximum(num_final, 1)
+        return average + weight * (mean - average)
+
+    return state._replace(
+        earned=moved(state.earned, jnp.diff(depths, axis=1)),
+        promised=moved(state.promised, promised),
+        watched=watched._replace(lengths=jnp.where(is_final, NOTHING_WATCHED, watched.lengths)),
+    )
 
 
 def without_rows(state: State, rows: jax.Array) -> State:
@@ -157,11 +208,23 @@ def without_rows(state: State, rows: jax.Array) -> State:
     return state._replace(watched=state.watched._replace(lengths=lengths))
 
 
-def _steps(wait: jax.Array | int, cost: jax.Array, costs: jax.Array) -> jax.Array:
-    """int32[]: steps of size 1, at least one, that take `wait` times as long as a step of some cost takes more than they do."""
-    return jnp.maximum(jnp.ceil(wait * (cost / costs[0] - 1)), 1).astype(jnp.int32)
+def _first_gains(sizes: Sequence[int]) -> jax.Array:
+    """float32[Z - 1]: what each size is taken to add before anything is known."""
+    return jnp.asarray(FIRST_GAIN * GAIN_RATIO ** np.arange(len(sizes) - 1), jnp.float32)
 
 
-def _values(gains: jax.Array, costs: jax.Array) -> jax.Array:
-    """float32[Z]: expected tokens of a step of each size, over its cost."""
-    return (1 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(gains)])) / costs
+def _steps(wait: jax.Array | int, costs: jax.Array) -> jax.Array:
+    """int32[]: undrafted steps that take `wait` times as long as drafting adds to one; none, where it adds nothing."""
+    return jnp.maximum(jnp.ceil(wait * (costs[ROOT_ALONE] / costs[PLAIN] - 1)), 0).astype(jnp.int32)
+
+
+def _pays(tokens: jax.Array, cost: jax.Array, costs: jax.Array) -> jax.Array:
+    """bool[]: whether steps that append so many tokens at such a cost are faster than those that draft nothing."""
+    return tokens / cost > 1 / costs[PLAIN]
+
+
+def _best(gains: jax.Array, costs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the size that appends most tokens for its cost: its int32[] index, the tokens and the cost, float32[]."""
+    tokens = 1 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(gains)])
+    size = jnp.argmax(tokens / costs[ROOT_ALONE:]).astype(jnp.int32)
+    return size, tokens[size], costs[ROOT_ALONE:][size]

@@ -24,6 +24,7 @@ UNUSED = -2  # the parent of a place that holds no node
 NO_SOURCE = -3  # the source of a token that no drafter proposed
 NO_TOKEN = -4  # padding of drafts and stop lists; equal to no token
 NO_NODE = -5  # padding of a path
+UNKNOWN = -6.0  # a probability that the drafter does not estimate
 
 
 class DraftTree(NamedTuple):
@@ -33,6 +34,7 @@ class DraftTree(NamedTuple):
     parents: jax.Array  # int32[N]
     sources: jax.Array  # int32[N], index into the drafter's source_names, or NO_SOURCE
     is_window: jax.Array  # bool[N], run for its logits alone: never accepted
+    probabilities: jax.Array  # float32[N], that the node and all above it are accepted, as the drafter estimates, or UNKNOWN
 
 
 def root_only(root: jax.Array, num_nodes: int = 1) -> DraftTree:
@@ -43,6 +45,7 @@ def root_only(root: jax.Array, num_nodes: int = 1) -> DraftTree:
         parents=jnp.where(is_root, NO_PARENT, UNUSED).astype(jnp.int32),
         sources=jnp.full(num_nodes, NO_SOURCE, jnp.int32),
         is_window=jnp.zeros(num_nodes, bool),
+        probabilities=jnp.full(num_nodes, UNKNOWN, jnp.float32),
     )
 
 

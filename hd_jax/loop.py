@@ -453,7 +453,7 @@ def run_steps(
         index, state, _ = carry
         is_left = (index < jnp.minimum(max_steps, sync_every)) & (jnp.sum(~state.is_finished) >= min_rows)
         if drafter.refresh is not None and state.budget is not None:
-            is_left &= (index == 0) | (state.budget.chosen == 0)
+            is_left &= (index == 0) | ~state.budget.is_drafting
         return is_left
 
     def take(carry, tree: DraftTree, ancestors: jax.Array, choice: jax.Array | None = None):
@@ -478,16 +478,16 @@ def run_steps(
 
         def drafted():
             tree, ancestors = draft(state)
-            choice = budget.smallest(state.budget, settings.sizes, tree)
-            return tree, ancestors, choice, budget.watch(state.budget, tree, ancestors, state.lengths)
+            known = state.budget, settings.sizes, tree, ancestors, state.lengths, state.is_finished
+            return tree, ancestors, *budget.choose(*known)
 
         def undrafted():
             return *_root_only(request, state, width), jnp.int32(0), state.budget
 
-        tree, ancestors, choice, watching = jax.lax.cond(state.budget.chosen > 0, drafted, undrafted)
+        tree, ancestors, choice, watching = jax.lax.cond(state.budget.is_drafting, drafted, undrafted)
 
         def is_plain(carry) -> jax.Array:
-            return is_going_on(carry) & (jnp.where(carry[0] == first, choice, carry[1].budget.chosen) == 0)
+            return is_going_on(carry) & jnp.where(carry[0] == first, choice == 0, ~carry[1].budget.is_drafting)
 
         carry = (first, state._replace(budget=watching), record)
         carry = jax.lax.while_loop(is_plain, lambda carry: take(carry, *_root_only(request, carry[1])), carry)

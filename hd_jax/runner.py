@@ -214,7 +214,8 @@ def run(
     )
     costs = None
     if is_adaptive:
-        given = [options.budget[size] for size in sizes] if isinstance(options.budget, Mapping) else [1.0] * len(sizes)
+        by_size = options.budget if isinstance(options.budget, Mapping) else dict.fromkeys(sizes, 1.0)
+        given = [by_size[sizes[0]], by_size[sizes[1]], *(by_size[size] for size in sizes[1:])]  # a try as the smallest draft
         costs = sharding.put(np.asarray(given, np.float32), None)  # one device has a budget
     if options.loop == "host" or (drafter.refresh is not None and not is_adaptive):
         sync_every = 1

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hd_jax import loop, sharding
+from hd_jax import budget, loop, sharding
 
 NUM_STEPS = 6  # of each size in a round
 NUM_ROUNDS = 8  # whose medians count, after one to warm up
@@ -34,20 +34,20 @@ Dispatch = Callable[[loop.Request, loop.State, int], tuple[loop.State, loop.Reco
 def measure(
     dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]
 ) -> tuple[list[float], loop.State]:
-    """Milliseconds of a step of each size.
+    """Milliseconds of a step of each kind: one that drafts nothing, then those that draft, by the size that they verify.
 
-    The sizes take turns, and medians are of their ratios to size 1 in the same turn: a slow moment slows all alike. A size's
-    steps are run twice, and timed the second time: the first ones would pay for what the size before them, a larger or a
-    smaller one, has left in the processor's caches.
+    The kinds take turns, and medians are of their ratios to the first in the same turn: a slow moment slows all alike. The
+    steps of a kind are run twice, and timed the second time: the first ones would pay for what the kind before them, a
+    larger or a smaller one, has left in the processor's caches.
 
     Args:
       dispatch: runs a number of steps at most; the state is donated.
       request: whose prompts are decoded; neither its limits nor its stop tokens count.
       state: before the first step.
-      sizes: of the budget.
+      sizes: Z of them, of the budget.
 
     Returns:
-      The times, and the state, whose rows have ended, and of which only the cache's slots before the prompts' last tokens are
+      1 + Z times, and the state, whose rows have ended, and of which only the cache's slots before the prompts' last tokens are
       as they were.
     """
     assert state.budget is not None
@@ -56,14 +56,17 @@ def measure(
         limits=bound(np.full_like(request.limits, np.iinfo(np.int32).max)),
         stop_tokens=bound(np.full_like(request.stop_tokens, np.iinfo(np.int32).min)),  # not NO_TOKEN, which ends a record
     )
-    times: list[list[float]] = [[] for _ in sizes]
+    times: list[list[float]] = [[] for _ in range(1 + len(sizes))]
     for _ in range(NUM_ROUNDS + 1):
-        for index, is_timed in itertools.product(range(len(sizes)), (False, True)):
-            # A size whose cost is infinite is not chosen, and without a draft the wait is not over before the end.
-            only = np.full(len(sizes), np.inf, np.float32)
-            only[index] = 1.0
+        for kind, is_timed in itertools.product(range(len(times)), (False, True)):
+            # No size is chosen whose cost is infinite. Where nothing is to be drafted, drafts promise nothing, and the wait is
+            # not over before the end; elsewhere they are worth more than steps without one, whose cost is infinite too.
+            only = np.full(len(times), np.inf, np.float32)
+            only[kind] = 1.0
             assert state.budget is not None
-            forced = {"costs": only, "chosen": np.int32(index), "wait": np.int32(NUM_STEPS + 1)}
+            is_drafting = np.bool_(kind != budget.PLAIN)
+            forced = {"costs": only, "is_drafting": is_drafting, "wait": np.int32(NUM_STEPS + 1)}
+            forced |= {"tokens": np.float32(is_drafting), "cost": np.float32(1)}
             begun = {"lengths": np.array(request.prompt_lengths), "is_finished": np.zeros_like(state.is_finished)}
             state = state._replace(**bound(begun), budget=state.budget._replace(**bound(forced)))
             jax.block_until_ready(state)
@@ -72,7 +75,7 @@ def measure(
                 state, record = dispatch(request, state, num_left)
                 num_left -= int(np.count_nonzero(record.pass_sizes))
             if is_timed:
-                times[index].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
+                times[kind].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
     state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
     rounds = np.asarray(times)[:, 1:]
     return (np.median(rounds[0]) * np.median(rounds / rounds[0], axis=1)).tolist(), state
@@ -121,7 +124,8 @@ def read(path: pathlib.Path, sizes: Sequence[int]) -> list[float] | None:
     """The times that a file holds; None if there is none, or not of these sizes."""
     try:
         stored = json.loads(path.read_text())
-        return [float(stored[str(size)]) for size in sizes]
+        times = [float(ms) for ms in stored["ms"]]
+        return times if stored["sizes"] == list(sizes) and len(times) == 1 + len(sizes) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -130,5 +134,5 @@ def write(path: pathlib.Path, sizes: Sequence[int], times: Sequence[float]) -> N
     """Writes beside the place and renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps({str(size): ms for size, ms in zip(sizes, times, strict=True)}))
+    temporary.write_text(json.dumps({"sizes": list(sizes), "ms": list(times)}))
     os.replace(temporary, path)

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from hd_jax import budget, decode, draft_tree, exactness, loop, step_costs
-from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
+from hd_jax.draft_tree import NO_PARENT, UNKNOWN, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter
 
 SIZES = (1, 2, 4, 6)
 
 
-def _tree(*nodes: tuple[int, int]) -> DraftTree:
+def _tree(*nodes: tuple[int, int], probability: float = UNKNOWN) -> DraftTree:
     """A tree of (token, parent) nodes."""
     tokens, parents = (jnp.asarray(column, jnp.int32) for column in zip(*nodes, strict=True))
-    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool))
+    return DraftTree(
+        tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool), jnp.full(len(nodes), probability, jnp.float32)
+    )
 
 
 # root 3; 4 5 6 below each other, then 9 under the root and 7 below 6
@@ -55,35 +57,68 @@ def test_how_deep_the_text_got_in_each_prefix(text, depths, is_final):
     assert not final
 
 
-def test_window_nodes_earn_nothing():
+def test_window_nodes_earn_and_promise_nothing():
     tree = TREE._replace(is_window=jnp.asarray([False] + [True] * 5))
     watched = budget.Watched(tree, draft_tree.ancestor_mask(tree), jnp.int32(1))
     found, final = budget.reached(watched, SIZES, jnp.asarray([3, 4, 5, 6]), jnp.int32(4))
     assert (found.tolist(), bool(final)) == ([0, 0, 0, 0], True)
+    assert budget.promises(tree, SIZES).tolist() == [0, 0, 0]
+
+
+def test_a_size_promises_the_probabilities_of_its_nodes():
+    tree = TREE._replace(probabilities=jnp.asarray([1.0, 0.5, 0.25, 0.125, 0.5, 0.0625]))
+    assert budget.promises(tree, SIZES).tolist() == [0.5, 0.375, 0.5625]
+    cut = tree._replace(parents=tree.parents.at[3:].set(UNUSED))
+    assert budget.promises(cut, SIZES).tolist() == [0.5, 0.25, 0]
+    first = budget.FIRST_GAIN * budget.GAIN_RATIO ** np.arange(3)
+    np.testing.assert_allclose(budget.promises(TREE, SIZES), first)  # a full tree without estimates promises what is taken
+    np.testing.assert_allclose(budget.promises(TREE._replace(parents=cut.parents), SIZES), first * [1, 0.5, 0])
 
 
 def _batch(tree: DraftTree) -> DraftTree:
     return jax.tree.map(lambda x: x[None], tree)
 
 
-@pytest.mark.parametrize(("chosen", "costs", "expected"), [(3, [1, 2, 3, 4], 2), (1, [1, 2, 3, 4], 1), (3, [9, 9, 5, 4], 3)])
-def test_a_pass_has_no_more_places_than_nodes_ask_for(chosen, costs, expected):
-    tree = TREE._replace(parents=TREE.parents.at[3:].set(UNUSED))
-    state = budget.start(SIZES, jnp.asarray(costs, jnp.float32), 1, 6)._replace(chosen=jnp.int32(chosen))
-    assert int(budget.smallest(state, SIZES, _batch(tree))) == expected
-    blank = _batch(draft_tree.root_only(jnp.int32(3), 6))
-    assert int(budget.smallest(state._replace(costs=jnp.asarray([1.0, 2, 3, 4])), SIZES, blank)) == 0
+def _choose(state: budget.State, tree: DraftTree, length: int = 1) -> tuple[int, budget.State]:
+    ancestors = jax.vmap(draft_tree.ancestor_mask)(_batch(tree))
+    size, state = budget.choose(state, SIZES, _batch(tree), ancestors, jnp.asarray([length]), jnp.zeros(1, bool))
+    return SIZES[int(size)], state
 
 
-def _simulate(costs, texts_go_on, num_steps: int) -> list[int]:
-    """The chosen sizes of steps with TREE; at step i the text goes on as it says if `texts_go_on(i)`."""
+@pytest.mark.parametrize(
+    ("probability", "num_nodes", "costs", "expected"),
+    [
+        (0.9, 6, [1, 1, 1.1, 1.2, 1.3], 6),
+        (0.9, 3, [1, 1, 1.1, 1.2, 1.3], 4),  # no more places than nodes ask for
+        (0.9, 3, [1, 1, 1.1, 9, 1.3], 6),  # of sizes that hold as many, the cheapest
+        (0.9, 1, [1, 1, 1.1, 1.2, 1.3], 1),
+        (0.01, 6, [1, 1, 1.1, 1.2, 1.3], 1),
+        (0.2, 6, [1, 1, 1.1, 9, 9], 2),
+    ],
+)
+def test_a_pass_is_as_wide_as_the_tree_promises_to_pay(probability, num_nodes, costs, expected):
+    tree = TREE._replace(probabilities=jnp.full(6, probability), parents=TREE.parents.at[num_nodes:].set(UNUSED))
+    assert _choose(budget.start(SIZES, jnp.asarray(costs, jnp.float32), 1, 6), tree)[0] == expected
+
+
+def test_rows_that_have_ended_do_not_count():
+    likely, unlikely = (TREE._replace(probabilities=jnp.full(6, p)) for p in (0.9, 0.01))
+    trees = jax.tree.map(lambda *leaves: jnp.stack(leaves), likely, unlikely)
+    ancestors = jax.vmap(draft_tree.ancestor_mask)(trees)
+    state = budget.start(SIZES, jnp.asarray([1, 1, 1.1, 1.2, 1.3], jnp.float32), 2, 6)
+    for ended, expected in (((False, True), 6), ((True, False), 1)):
+        size, _ = budget.choose(state, SIZES, trees, ancestors, jnp.ones(2, int), jnp.asarray(ended))
+        assert SIZES[int(size)] == expected
+
+
+def _simulate(costs, texts_go_on, num_steps: int, tree: DraftTree = TREE) -> list[int]:
+    """The sizes of steps with a tree, 0 for one without; at step i the text goes on as TREE says if `texts_go_on(i)`."""
     state, text, out = budget.start(SIZES, jnp.asarray(costs, jnp.float32), 1, 6), [3], []
     advance = jax.jit(functools.partial(budget.advance, sizes=SIZES))
     for step in range(num_steps):
-        out.append(SIZES[int(state.chosen)])
-        if out[-1] > 1:
-            tree = _batch(TREE)
-            state = budget.watch(state, tree, jax.vmap(draft_tree.ancestor_mask)(tree), jnp.asarray([len(text)]))
+        out.append(0)
+        if state.is_drafting:
+            out[-1], state = _choose(state, tree, len(text))
         text += [4, 5, 6, 3] if texts_go_on(step) else [3]  # whatever was verified
         tokens = jnp.zeros((1, 600), jnp.int32).at[0, : len(text)].set(jnp.asarray(text))
         state = advance(state, tokens=tokens, lengths=jnp.asarray([len(text)]))
@@ -91,25 +126,52 @@ def _simulate(costs, texts_go_on, num_steps: int) -> list[int]:
 
 
 def test_sizes_follow_what_drafts_earn():
-    costs = [1.0, 1.1, 1.4, 2.0]
+    costs = [1.0, 1.0, 1.1, 1.4, 2.0]
     assert _simulate(costs, lambda step: True, 40)[-10:] == [4] * 10  # four tokens for 1.4; six nodes would give no more
-    changing = _simulate(costs, lambda step: step >= 40, 120)
-    assert changing[20:40].count(1) > 15
+    changing = _simulate([1.0, 1.2, 1.3, 1.6, 2.2], lambda step: step >= 40, 120)
+    assert changing[20:40].count(0) > 15
     assert set(changing[-10:]) == {4}
 
 
-def test_waits_grow_with_failures_and_with_what_a_try_costs():
-    for extra in (1, 2):  # of the size that is tried, over plain decoding
-        sizes = _simulate([1.0, 1.0 + extra, 4.0, 5.0], lambda step: False, 250)
-        tries = [step for step, size in enumerate(sizes) if size > 1]
+def test_estimates_are_corrected_by_what_drafts_earn():
+    costs = [1.0, 1.05, 1.3, 1.6, 2.2]
+    boastful = TREE._replace(probabilities=jnp.full(6, 0.99))
+    sizes = _simulate(costs, lambda step: False, 120, boastful)
+    assert sizes[0] == 6
+    assert set(sizes[-60:]) <= {0, 1}
+    modest = TREE._replace(probabilities=jnp.full(6, 0.05))
+    assert set(_simulate(costs, lambda step: True, 120, modest)[-10:]) == {4}
+
+
+def test_a_try_that_promises_much_is_verified_at_once():
+    costs = [1.0, 1.5, 2.6, 3.0, 3.5]
+    sizes = _simulate(costs, lambda step: False, 30)
+    first = next(step for step, size in enumerate(sizes) if size)
+    assert sizes[first] == 1  # of a draft without estimates the root alone is verified
+    sure = TREE._replace(probabilities=jnp.asarray([1, 0.9, 0.9, 0.9, 0.05, 0.9], jnp.float32))
+    sizes = _simulate(costs, lambda step: step >= first, 30, sure)
+    assert sizes[first] == 6
+    assert min(sizes[-10:]) > 1
+
+
+def test_waits_grow_with_failures_and_with_what_drafting_costs():
+    for extra in (1, 2):  # of a draft that is not verified, over plain decoding
+        sizes = _simulate([1.0, 1.0 + extra, 3.0 + extra, 4.0 + extra, 5.0 + extra], lambda step: False, 250)
+        tries = [step for step, size in enumerate(sizes) if size]
         waits = [tries[0], *(np.diff(tries) - 1).tolist()]
         assert waits[:5] == [extra * wait for wait in (8, 8, 16, 32, 32)][: len(waits)]
         assert len(waits) >= 4
 
 
+def test_a_draft_that_costs_nothing_is_made_in_every_step():
+    sizes = _simulate([1.0, 1.0, 3.0, 4.0, 5.0], lambda step: step >= 20, 60)
+    assert 0 not in sizes
+    assert set(sizes[5:20]) == {1}
+
+
 def test_without_a_chance_nothing_is_drafted_but_in_tries():
-    sizes = _simulate([1.0, 50.0, 60.0, 70.0], lambda step: True, 60)
-    assert sum(size > 1 for size in sizes) <= 5
+    sizes = _simulate([1.0, 50.0, 60.0, 70.0, 80.0], lambda step: True, 60)
+    assert sum(size > 0 for size in sizes) <= 5
 
 
 @functools.lru_cache

@@ -32,7 +32,7 @@ def random_trees(num_nodes: int = 9) -> Drafter:
 
     def draft(tables, state, context: Context) -> DraftTree:
         del tables, state
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), context.length), 4)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), context.length), 5)
         places = jnp.arange(num_nodes)
         parents = jax.random.randint(keys[0], (num_nodes,), 0, jnp.maximum(places, 1))
         parents = jnp.where((jax.random.uniform(keys[1], (num_nodes,)) < 0.1) & (places > num_nodes // 2), UNUSED, parents)
@@ -44,6 +44,7 @@ def random_trees(num_nodes: int = 9) -> Drafter:
             parents=jnp.where(places == 0, NO_PARENT, parents),
             sources=jnp.where(places == 0, draft_tree.NO_SOURCE, 0),
             is_window=is_window,
+            probabilities=jnp.where(places % 2 == 0, jax.random.uniform(keys[4], (num_nodes,)), draft_tree.UNKNOWN),
         )
 
     return Drafter("random", num_nodes=num_nodes, max_depth=num_nodes - 1, source_names=("random",), draft=draft)

@@ -37,7 +37,7 @@ def _arguments(lm: LM, drafter: Drafter, num_rows: int, exact: bool = False, siz
     drafter_state = admission.init_drafter(drafter, request, tokens, None, mesh=mesh)
     settings = loop.StepSettings(is_exact=exact, width=runner.EXACT_WIDTH if exact else 0, sizes=sizes)
     state = admission.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
-    state = admission.with_budget(state, settings, jnp.arange(1.0, len(sizes) + 1) if sizes else None, drafter.num_nodes)
+    state = admission.with_budget(state, settings, jnp.arange(1.0, len(sizes) + 2) if sizes else None, drafter.num_nodes)
     return (lm.model, settings, lm.params, drafter, request, (), state, jnp.int32(4), jnp.int32(1)), slots
 
 
@@ -107,7 +107,7 @@ def test_a_row_is_admitted_in_its_place(lm, place):
     state = arguments[6]
     state = state._replace(cache=jax.tree.map(mark, state.cache), tokens=mark(state.tokens), lengths=mark(state.lengths))
     watched = state.budget.watched._replace(lengths=jnp.asarray([4, 5, 6]))
-    state = state._replace(budget=state.budget._replace(gains=state.budget.gains + 1, watched=watched))
+    state = state._replace(budget=state.budget._replace(earned=state.budget.earned + 1, watched=watched))
     before, new = jax.tree.map(np.asarray, state), alone[6]._replace(budget=None)
     after = admission.admit(lm.model, state, new, jnp.asarray([place], jnp.int32))
     row_of = lambda state, row: jax.tree.map(lambda x: x[row], state._replace(budget=None))  # noqa: E731
@@ -115,7 +115,7 @@ def test_a_row_is_admitted_in_its_place(lm, place):
         expected = row_of(new, 0) if row == place else row_of(before, row)
         jax.tree.map(np.testing.assert_array_equal, row_of(after, row), expected)
     assert after.budget.watched.lengths.tolist() == [0 if row == place else row + 4 for row in range(3)]
-    np.testing.assert_array_equal(after.budget.gains, before.budget.gains)
+    np.testing.assert_array_equal(after.budget.earned, before.budget.earned)
 
 
 @pytest.mark.parametrize(

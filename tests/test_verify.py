@@ -37,6 +37,7 @@ def _case(tokens, parents, window):
         jnp.asarray(parents, jnp.int32),
         jnp.full(n, NO_SOURCE),
         jnp.isin(jnp.arange(n), jnp.asarray(window, int)),
+        jnp.ones(n),
     )
 
 
@@ -93,7 +94,7 @@ def test_nodes_below_max_depth_are_not_accepted():
 def _tree(*nodes: tuple[int, int]) -> DraftTree:
     """A tree of (token, parent) nodes."""
     tokens, parents = (jnp.asarray(column, jnp.int32) for column in zip(*nodes, strict=True))
-    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool))
+    return DraftTree(tokens, parents, jnp.zeros_like(tokens), jnp.zeros(len(nodes), bool), jnp.ones(len(nodes)))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ class Drafter:
       max_depth: of the deepest node of any tree; a chain of C tokens has C. Deeper nodes would not be accepted.
       source_names: what the trees' `sources` index, at least one.
       draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`. The likeliest nodes come first: an
-        adaptive budget verifies the first n, and nothing is drafted in a step of n = 1.
+        adaptive budget verifies the first n. It goes by the tree's `probabilities` where the drafter estimates them; it need
+        not, and `draft_tree`'s functions say UNKNOWN.
       init: (tables, context) -> state, when a request starts; the context is the prompt, whose last token is the first root.
       update: (tables, state, context, feedback) -> state, after every step. The step's tokens are the last
         `feedback.num_appended` of the context: context.tokens[length - num_appended : length].

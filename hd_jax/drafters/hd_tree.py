@@ -496,4 +496,5 @@ def _likeliest(root: jax.Array, every: dict[str, jax.Array], min_probability: fl
         tokens=blank.tokens.at[1:].set(fill(every["tokens"][chosen], 0)),
         parents=blank.parents.at[1:].set(fill(parents, UNUSED)),
         sources=blank.sources.at[1:].set(fill(every["sources"][chosen], NO_SOURCE)),
+        probabilities=blank.probabilities.at[1:].set(jnp.exp(every["scores"][chosen])),
     )

@@ -51,6 +51,7 @@ def tree(window: jax.Array, root: jax.Array) -> DraftTree:
         parents=jnp.asarray(parents.reshape(-1), jnp.int32).at[0].set(draft_tree.NO_PARENT),
         sources=jnp.full(cells.size, NO_SOURCE, jnp.int32),
         is_window=jnp.arange(cells.size) > 0,
+        probabilities=jnp.full(cells.size, draft_tree.UNKNOWN),
     )
 
 

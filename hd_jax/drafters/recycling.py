@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hd_jax import draft_tree
-from hd_jax.draft_tree import NO_PARENT, NO_SOURCE, NO_TOKEN, ROOT_INDEX, UNUSED, DraftTree
+from hd_jax.draft_tree import NO_PARENT, NO_SOURCE, NO_TOKEN, ROOT_INDEX, UNKNOWN, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
 
 # How often the token at each rank is right, per mille. Measured on the embedded model: its answers to the first turns of the
@@ -139,6 +139,7 @@ def fill(shape: Template, matrix: jax.Array, root: jax.Array) -> DraftTree:
         parents=jnp.where(is_node, jnp.asarray(shape.parents), UNUSED),
         sources=jnp.where(is_node, 0, NO_SOURCE).at[ROOT_INDEX].set(NO_SOURCE),
         is_window=jnp.zeros(len(shape.parents), bool),
+        probabilities=jnp.full(len(shape.parents), UNKNOWN),
     )
 
 

@@ -295,6 +295,7 @@ def _grow(root: jax.Array, found: list[_Evidence], sources: jax.Array, growth: _
         tokens=tree.tokens.at[1:].set(jnp.where(is_taken, drafts[rows, depths], 0)),
         parents=tree.parents.at[1:].set(jnp.where(is_taken, jnp.where(depths > 0, above, draft_tree.ROOT_INDEX), UNUSED)),
         sources=tree.sources.at[1:].set(jnp.where(is_taken, sources[rows], NO_SOURCE)),
+        probabilities=tree.probabilities.at[1:].set(values[best]),
     )
 
 

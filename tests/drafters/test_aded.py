@@ -100,9 +100,8 @@ def test_from_logits_moves_rows_as_plain_python_does(databases, rate):
         is_used = np.array([True, *(rng.random(7) < 0.8)])
         top = np.array([rng.permutation(VOCAB_SIZE)[:k] for _ in range(8)], np.int32)
         logits = np.sort(rng.normal(size=(8, k)))[:, ::-1].astype(np.float32)
-        tree = DraftTree(
-            jnp.asarray(tokens), jnp.asarray(np.where(is_used, parents, UNUSED)), jnp.zeros(8, jnp.int32), jnp.zeros(8, bool)
-        )
+        parents_or_unused = jnp.asarray(np.where(is_used, parents, UNUSED))
+        tree = DraftTree(jnp.asarray(tokens), parents_or_unused, jnp.zeros(8, jnp.int32), jnp.zeros(8, bool), jnp.ones(8))
         winners: dict[int, tuple[tuple[int, int], dict[int, float]]] = {}
         for node in range(8):
             if not is_used[node]:
@@ -129,7 +128,7 @@ def test_from_text_adds_as_plain_python_does(databases):
     state = drafter.init(drafter.tables, _context([1, 2]))
     update = jax.jit(drafter.update)
     text = rng.integers(0, 3, 2).tolist()
-    tree = DraftTree(*(jnp.zeros(8, jnp.int32) for _ in range(3)), jnp.zeros(8, bool))
+    tree = DraftTree(*(jnp.zeros(8, jnp.int32) for _ in range(3)), jnp.zeros(8, bool), jnp.ones(8))
     capped = 0
     for _ in range(25):
         text += rng.integers(0, 3, int(rng.integers(1, 4))).tolist()

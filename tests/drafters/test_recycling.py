@@ -118,7 +118,7 @@ def test_the_last_of_several_nodes_with_one_token_is_recorded():
     drafter = recycling(vocab_size=VOCAB_SIZE, num_successors=2, num_nodes=6)
     tokens = jnp.asarray([5, 7, 5, 7, 0, 5])
     parents = jnp.asarray([NO_PARENT, 0, 1, 2, UNUSED, UNUSED])
-    tree = DraftTree(tokens, parents, jnp.zeros(6, jnp.int32), jnp.zeros(6, bool))
+    tree = DraftTree(tokens, parents, jnp.zeros(6, jnp.int32), jnp.zeros(6, bool), jnp.ones(6))
     matrix = drafter.init((), _context(5))
     top_tokens = np.arange(12).reshape(6, 2)
     after = np.asarray(drafter.update((), matrix, _context(5), _feedback(tree, top_tokens, drafter)))

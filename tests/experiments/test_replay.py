@@ -74,7 +74,7 @@ def watcher() -> Drafter:
 
     def draft(tables, state, context):
         tokens = jnp.stack([context.root, *jnp.asarray([7, 8, 9, 8])])
-        return DraftTree(tokens, jnp.asarray([-1, 0, 1, 0, 3]), jnp.full(5, NO_SOURCE), jnp.zeros(5, bool))
+        return DraftTree(tokens, jnp.asarray([-1, 0, 1, 0, 3]), jnp.full(5, NO_SOURCE), jnp.zeros(5, bool), jnp.ones(5))
 
     def update(tables, state, context, feedback):
         assert feedback.top_logits.shape == feedback.top_tokens.shape == (5, 0)
