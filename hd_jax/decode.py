@@ -141,9 +141,10 @@ def generate(
       loop: "device" runs many steps a dispatch, "host" one.
       exact: the slower mode in which equality is bit for bit.
       budget: None verifies all of a tree's nodes in every step. "adaptive" chooses among a few sizes, plain decoding's one
-        node included, by what drafts promise, what such promises were worth in this text, and what sizes cost here; the costs are measured when a
-        program first runs, and kept in JAX's compilation cache. Or these costs by hand, in any unit: {1: 1.7, 4: 2.2, 16: 4.1};
-        sizes beyond the drafter's number of nodes are left out. Without effect in exact mode, where every pass has one width.
+        node included, by what drafts promise, what promises were worth in this text, and what the sizes cost here; the costs
+        are measured when a program first runs, and kept in JAX's compilation cache. Or these costs by hand, in any unit:
+        {1: 1.7, 4: 2.2, 16: 4.1}; sizes beyond the drafter's number of nodes are left out, and drafting alone is taken to cost
+        what the smallest draft does. Without effect in exact mode, where every pass has one width.
       batch_size: texts decoded together at most; None for all of them. Further ones wait, and take the places of those that end
         (continuous batching).
 

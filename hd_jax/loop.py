@@ -17,7 +17,7 @@ the model or without one. Of a node that the record does not reach, here x, the 
 
 With an adaptive budget (budget.py) a step verifies the first n of the N nodes. The values of n are branches of one
 `lax.switch`, which reads the cache and returns the path's rows, never a cache. A step with n = 1, because nothing is to be
-drafted or the draft is empty, is plain decoding's, but for what drafter and budget learn from it.
+drafted or the draft is not worth it, is plain decoding's, but for what drafter and budget learn from it.
 """
 
 from __future__ import annotations
