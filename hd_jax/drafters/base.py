@@ -88,6 +88,7 @@ class HostTree(NamedTuple):
     tokens: Any  # int32[N]; the root's is not filled in
     parents: Any  # int32[N], as in a DraftTree
     at_length: Any  # int32[], the length of the context that it continues
+    probabilities: Any = None  # float32[N], as in a DraftTree; None where there is no estimate
 
 
 def draft_from_host(tables: Tables, state: State, context: Context) -> DraftTree:
@@ -100,6 +101,7 @@ def draft_from_host(tables: Tables, state: State, context: Context) -> DraftTree
         tokens=jnp.where(is_node, found.tokens, blank.tokens),
         parents=jnp.where(is_node, found.parents, blank.parents),
         sources=jnp.where(is_node, 0, blank.sources),
+        probabilities=blank.probabilities if found.probabilities is None else found.probabilities,
     )
 
 

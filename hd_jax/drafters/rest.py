@@ -65,9 +65,11 @@ def _retrieve(
     newest = np.asarray(context.tokens[max(end - max_suffix, 0) : end])
     tokens, parents = np.zeros(num_nodes, np.int32), np.full(num_nodes, UNUSED, np.int32)
     parents[ROOT_INDEX] = NO_PARENT
-    length, _ = database.longest_suffix(newest, max_suffix, min_suffix)
+    probabilities = np.zeros(num_nodes, np.float32)
+    length, num_found = database.longest_suffix(newest, max_suffix, min_suffix)
     if length:
-        found, found_parents, _ = database.frequent_prefixes(newest[len(newest) - length :], num_nodes - 1, max_depth)
+        found, found_parents, counts = database.frequent_prefixes(newest[len(newest) - length :], num_nodes - 1, max_depth)
         tokens[1 : len(found) + 1] = found
         parents[1 : len(found) + 1] = found_parents + 1  # the suffix itself, -1 there, is the root
-    return HostTree(tokens, parents, np.int32(end))
+        probabilities[1 : len(found) + 1] = counts / (num_found + 1)
+    return HostTree(tokens, parents, np.int32(end), probabilities)

@@ -254,6 +254,15 @@ def _evidence(
     )
 
 
+def _least_so_far(values: jax.Array) -> jax.Array:
+    """The running minimum of [K, C, G] along C. Where `jax.lax.cummin` compares all C with all C, this takes log C steps."""
+    span = 1
+    while span < values.shape[1]:
+        values = jnp.concatenate([values[:, :span], jnp.minimum(values[:, span:], values[:, :-span])], axis=1)
+        span *= 2
+    return values
+
+
 def _grow(root: jax.Array, found: list[_Evidence], sources: jax.Array, growth: _Growth) -> DraftTree:
     """The tree of the best nodes; sources int32[G] of all drafts, in order."""
     drafts = jnp.concatenate([e.drafts for e in found])
@@ -266,22 +275,22 @@ def _grow(root: jax.Array, found: list[_Evidence], sources: jax.Array, growth: _
     else:
         weights = jax.scipy.linalg.block_diag(*(e.weights for e in found))
         max_nodes = jnp.concatenate([e.max_nodes for e in found])
-    # shared[g, h]: how many first tokens drafts g and h have in common; the node of (h, c) is that of (owner[h, c], c).
+    # shared[g, h]: how many first tokens drafts g and h have in common; the node of (c, h) is that of (c, owner[c, h]).
     depth = jnp.arange(max_depth)
     shared = jnp.min(jnp.where(drafts[:, None] == drafts[None], max_depth, depth), axis=-1)
     shared = jnp.minimum(shared, jnp.minimum(lengths[:, None], lengths[None]))
-    is_shared = shared[:, :, None] > depth  # [G, G, C]
+    is_shared = shared[:, None] > depth[:, None]  # [G, C, G]
     rows = jnp.arange(num_drafts)
     owner = jnp.min(jnp.where(is_shared, rows[:, None, None], num_drafts - 1), axis=0)  # faster than argmax
-    is_node = (owner == rows[:, None]) & (depth < lengths[:, None])
-    estimates = jnp.einsum("kg,ghc->khc", weights, is_shared.astype(jnp.float32), precision="highest")
+    is_node = (owner == rows) & (depth[:, None] < lengths)
+    estimates = jnp.einsum("kg,gch->kch", weights, is_shared.astype(jnp.float32), precision="highest")
     # Rounding must not lift a node above its parent.
-    estimates = jax.lax.cummin(estimates[:, owner, depth], axis=2)
+    estimates = _least_so_far(estimates[:, depth[:, None], owner])
     if growth.is_vote:
-        estimates = estimates * growth.decay ** (depth + 1.0)
+        estimates = estimates * growth.decay ** (depth[:, None] + 1.0)
     is_likely = is_node & (estimates > 0) & (estimates >= growth.min_probability)
     # By depth before draft: of equal estimates the first is taken, so parents come before their children.
-    ranked = jnp.where(is_likely, estimates, 0.0).transpose(0, 2, 1).reshape(-1, max_depth * num_drafts)
+    ranked = jnp.where(is_likely, estimates, 0.0).reshape(-1, max_depth * num_drafts)
     short = max(num_places - ranked.shape[1], 0)
     values, places = jax.lax.top_k(jnp.pad(ranked, ((0, 0), (0, short))), num_places)
     values = jnp.where(jnp.arange(num_places) < max_nodes[:, None], values, 0.0)
@@ -289,7 +298,7 @@ def _grow(root: jax.Array, found: list[_Evidence], sources: jax.Array, growth: _
     is_taken, places = values[best] > 0, places[best]
     depths, rows = places // num_drafts, places % num_drafts
     index_of = jnp.zeros(max_depth * num_drafts, jnp.int32).at[places].set(1 + jnp.arange(num_places), mode="drop")
-    above = index_of[(depths - 1) * num_drafts + owner[rows, depths - 1]]
+    above = index_of[(depths - 1) * num_drafts + owner[depths - 1, rows]]
     tree = draft_tree.root_only(root, growth.num_nodes)
     return tree._replace(
         tokens=tree.tokens.at[1:].set(jnp.where(is_taken, drafts[rows, depths], 0)),
