@@ -42,6 +42,7 @@ class RunConfig:
     exact: bool
     budget: str | None
     warm: bool = False
+    repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

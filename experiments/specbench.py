@@ -233,6 +233,8 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
     chosen = questions.select(questions.read(config.questions or questions.EMBEDDED), config.tasks, config.limit)
     if config.warm and config.batch_size > 1:
         raise ValueError(f"a session answers one question at a time: --warm needs --batch_size=1, not {config.batch_size}")
+    if config.warm and config.repeats > 1:
+        raise ValueError(f"a session learns from every answer: --warm needs --repeats=1, not {config.repeats}")
     is_writer = jax.process_index() == 0  # All processes decode the same; one writes.
     with _claimed(folder) if is_writer else contextlib.nullcontext():
         bench = Bench(library, config, methods)
@@ -248,21 +250,25 @@ def run(config: RunConfig, folder: pathlib.Path, library: Library) -> str:
                 bench.warm_up(label, bench.num_rows(batches[0]), 1)
         if is_writer:
             run_config.write(folder, facts)
+    num_done, num_all = num_done * config.repeats, num_all * config.repeats
     with tqdm.tqdm(total=num_all, initial=num_done, unit="answer", dynamic_ncols=True, disable=not is_writer) as progress:
         start, timed_tasks = 0, set()
         for batch in batches:
             rows = slice(start, start + len(batch))
-            for label, path in paths.items():
+            runs: dict[str, list[list[Answer]]] = {label: [] for label in paths}
+            for label, path in list(paths.items()) * config.repeats:
                 num_stored = len(stored[label][rows])
                 if num_stored < len(batch) or (label in bench.sessions and len(stored[label]) < len(chosen)):
                     progress.set_postfix_str(f"{batch[0].task}, {label}")
-                    plain = [] if label == PLAIN else stored[PLAIN][rows]
-                    is_timed = label != PLAIN and batch[0].task not in timed_tasks
-                    new = bench.answer(label, batch, plain, is_draft_timed=is_timed)[num_stored:]
-                    if is_writer:
-                        answers.append(path, new)
-                    stored[label] += new
-                    progress.update(len(new))
+                    plain = [] if label == PLAIN else next(iter(runs[PLAIN]), stored[PLAIN][rows])
+                    is_timed = label != PLAIN and batch[0].task not in timed_tasks and not runs[label]
+                    runs[label].append(bench.answer(label, batch, plain, is_draft_timed=is_timed))
+                    progress.update(len(batch) - num_stored)
+                    if len(runs[label]) == config.repeats:
+                        new = [answers.median(again) for again in zip(*runs[label], strict=True)][num_stored:]
+                        if is_writer:
+                            answers.append(path, new)
+                        stored[label] += new
                 for answer in stored[label][rows]:
                     difference = answers.unexplained(answer)
                     if difference:
@@ -336,7 +342,9 @@ def _fact_lines(config: RunConfig, facts: dict[str, Any]) -> list[str]:
         f"{len(facts['questions']['question_ids'])} questions, at most {config.max_new_tokens} tokens a turn, batch size "
         f"{config.batch_size}, {mesh}{'exact' if config.exact else 'fast'} mode, seed {config.seed}; {where['device']} "
         f"({where['num_cpus']} CPU cores), jax {where['jax']}.",
-        "A time is prefill + decoding, without compilation. Questions are the outer loop and methods the inner one.",
+        "A time is prefill + decoding, without compilation"
+        + (f", the median of {config.repeats} runs of an answer" if config.repeats > 1 else "")
+        + ". Questions are the outer loop and methods the inner one.",
     ]
 
 
@@ -355,6 +363,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters, activations and cache; by default the model's.")
     flags.DEFINE_integer("seed", 0, "Keys the noise of sampling, with the question's place in its file.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 1, "Questions decoded together; others take the places of answered ones.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 1, "Runs of every answer, in turns with other methods; the median counts.", lower_bound=1)
     flags.DEFINE_bool("warm", False, "Also run methods that can remember earlier requests in a session of all questions.")
     program.define_mesh_flags()
     flags.DEFINE_bool("exact", False, "Exact mode: slower, and no difference is explained.")

@@ -285,6 +285,48 @@ def test_a_run_that_was_stopped_ends_with_the_same_answers(config, model, tmp_pa
     assert idle.requests == []
 
 
+@pytest.mark.parametrize("num_calls", [None, 9, 24])
+def test_of_several_runs_of_an_answer_the_median_counts(config, model, tmp_path, num_calls):
+    class Uneven(FakeModel):
+        """The first run of an answer takes 30 ms, the second 10, the third 20."""
+
+        def _result(self, messages, drafter, max_new_tokens, num_rows):
+            result = super()._result(messages, drafter, max_new_tokens, num_rows)
+            runs.append((drafter.name, str(messages)))
+            return dataclasses.replace(result, share_ms=(30.0, 10.0, 20.0)[runs.count(runs[-1]) - 1])
+
+    config = dataclasses.replace(config, repeats=3)
+    if num_calls is not None:
+        runs = []
+        with pytest.raises(KeyboardInterrupt):
+            specbench.run(config, tmp_path / "run", Uneven(model.folder, interrupt_at=num_calls).library())
+    runs = []
+    tables = specbench.run(config, tmp_path / "run", Uneven(model.folder).library())
+    assert "the median of 3 runs of an answer" in " ".join(tables.split())
+    for rows in _answers(tmp_path / "run").values():
+        assert len(rows) == len(QUESTIONS) - 1  # one is too long
+        for row in rows:
+            assert set(row["choices"][0]["wall_time"]) == {0.02}
+    assert any(row["hd_jax"]["draft_us"] for row in _answers(tmp_path / "run")["pairs.jsonl"])
+
+
+def test_a_difference_in_any_run_is_told(config, model, tmp_path):
+    class Unsteady(FakeModel):
+        """Goes wrong from its thirtieth call on."""
+
+        def generate(self, *arguments, **options):
+            self.wrong = ("pairs",) if len(self.requests) >= 30 else ()
+            return super().generate(*arguments, **options)
+
+    with pytest.raises(specbench.UnexplainedDifference, match="pairs differs"):
+        specbench.run(dataclasses.replace(config, repeats=3), tmp_path / "run", Unsteady(model.folder).library())
+
+
+def test_a_session_is_not_asked_twice(config, model, tmp_path):
+    with pytest.raises(ValueError, match="--warm needs --repeats=1"):
+        specbench.run(dataclasses.replace(config, warm=True, repeats=2), tmp_path / "run", model.library())
+
+
 def test_warm_methods_run_in_one_session(config, model, tmp_path):
     """Each request of a session knows those before it, also in a run that was stopped; only methods with a memory have one."""
     config = dataclasses.replace(config, methods=("none", "pairs", "pairs:remember=9"), warm=True)
