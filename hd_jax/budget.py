@@ -14,7 +14,7 @@ One tree a row is watched at a time. Moving averages of both, promised and earne
 
 When drafts promise too little for what they cost, steps verify the root alone for a while, undrafted; then one draft is tried
 again. A try is verified only as far as it promises to pay, so most cost no more than the drafting. The waits are in proportion
-to that, and as long as tries fail, they grow: so useless tries take at most a ninth of the time, and a thirty-third in the end.
+to that, and as long as tries fail, they grow: so useless tries take at most a ninth of the time, and a sixty-fifth in the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIN_RATIO = 4 / 3  # of N to the next smaller size: each size is a program to co
 FIRST_GAIN = 0.5
 GAIN_RATIO = 0.7
 RATE = 0.2  # weight of the newest tree
-FIRST_WAIT, MAX_WAIT = 8, 32  # before the first try, where drafts are not expected to pay, and at most: by a try's extra cost
+FIRST_WAIT, MAX_WAIT = 8, 64  # before the first try, where drafts are not expected to pay, and at most: by a try's extra cost
 MIN_PROMISE = 1e-3  # tokens; a correction divides by what was promised
 NOTHING_WATCHED = 0  # in place of a length
 PLAIN, ROOT_ALONE = 0, 1  # places in the costs: a step that drafts nothing, and one that drafts and verifies the root alone

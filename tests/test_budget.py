@@ -156,10 +156,10 @@ def test_a_try_that_promises_much_is_verified_at_once():
 
 def test_waits_grow_with_failures_and_with_what_drafting_costs():
     for extra in (1, 2):  # of a draft that is not verified, over plain decoding
-        sizes = _simulate([1.0, 1.0 + extra, 3.0 + extra, 4.0 + extra, 5.0 + extra], lambda step: False, 250)
+        sizes = _simulate([1.0, 1.0 + extra, 3.0 + extra, 4.0 + extra, 5.0 + extra], lambda step: False, 300)
         tries = [step for step, size in enumerate(sizes) if size]
         waits = [tries[0], *(np.diff(tries) - 1).tolist()]
-        assert waits[:5] == [extra * wait for wait in (8, 8, 16, 32, 32)][: len(waits)]
+        assert waits[:6] == [extra * wait for wait in (8, 8, 16, 32, 64, 64)][: len(waits)]
         assert len(waits) >= 4
 
 
