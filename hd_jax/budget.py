@@ -14,7 +14,7 @@ One tree a row is watched at a time. Moving averages of both, promised and earne
 
 When drafts promise too little for what they cost, steps verify the root alone for a while, undrafted; then one draft is tried
 again. A try is verified only as far as it promises to pay, so most cost no more than the drafting. The waits are in proportion
-to that, and as long as tries fail, they grow: so useless tries take at most a ninth of the time, and a sixty-fifth in the end.
+to that, and as long as tries fail, they grow: useless drafting takes at most a ninth of the time, and a sixty-fifth in the end.
 """
 
 from __future__ import annotations

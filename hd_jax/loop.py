@@ -263,7 +263,7 @@ def _draft(
     """Every row's tree with places up to `width`, and bool[B, width, width] ancestors."""
     contexts = _contexts(request, state, host)
     mesh = None if model is None else model.mesh
-    tree = sharding.over_rows(drafter.draft, mesh)(drafter.tables, state.drafter, contexts)
+    tree = sharding.over_rows(drafter.checked_draft, mesh)(drafter.tables, state.drafter, contexts)
     if model is not None:
         tree = draft_tree.without_foreign_tokens(tree, model.config.vocab_size)
     tree = jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, width)

@@ -462,3 +462,34 @@ def test_recorded_rows_end_where_their_records_end(lm):
     assert max(last.results[0].accept_lengths) > 1
     with pytest.raises(ValueError, match="either all rows of a batch are recorded, or none"):
         runner.request_of(lm, [rows[0], runner.Row([3], 0)], runner.Options())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tree: None, "must return a DraftTree, not NoneType"),
+        (lambda tree: draft_tree.padded(tree, 6), r"the tree's tokens are int32\[6\], not int32\[5\]; its num_nodes is 5"),
+        (lambda tree: tree._replace(parents=tree.parents * 1.0), r"the tree's parents are float32\[5\], not int32\[5\]"),
+        (lambda tree: tree._replace(probabilities=jnp.ones(4)), r"the tree's probabilities are float32\[4\]"),
+    ],
+)
+def test_a_draft_that_is_no_tree_of_the_drafters_size_is_named(lm, spoil, message):
+    draft = lambda tables, state, context: spoil(draft_tree.root_only(context.root, 5))  # noqa: E731
+    drafter = Drafter("mine", num_nodes=5, max_depth=4, source_names=("mine",), draft=draft)
+    with pytest.raises(ValueError, match=f"drafter mine: .*{message}"):
+        decode.generate(lm, [3, 4, 5], drafter=drafter, max_new_tokens=4)
+
+
+def test_a_drafters_root_does_not_count(lm):
+    def draft(tables, state, context):
+        tree = draft_tree.root_only(context.root + 1, 3)
+        return tree._replace(parents=tree.parents.at[0].set(2))
+
+    drafter = Drafter("lost", num_nodes=3, max_depth=2, source_names=("lost",), draft=draft)
+    plain = decode.generate(lm, [3, 4, 5], max_new_tokens=20)
+    assert decode.generate(lm, [3, 4, 5], drafter=drafter, max_new_tokens=20).tokens == plain.tokens
+
+
+def test_whole_numbers_are_asked_for(lm):
+    with pytest.raises(ValueError, match=r"drafter pld: max_ngram is a whole number, not 3\.5"):
+        decode.make_drafter(lm, "pld", max_ngram=3.5)

@@ -51,6 +51,9 @@ def make(name: str, databases: Databases, options: dict[str, Any], *, vocab_size
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"drafter {name} has no option {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
+    for option, value in options.items():
+        if str(parameters[option].annotation).startswith("int") and isinstance(value, float):
+            raise ValueError(f"drafter {name}: {option} is a whole number, not {value}")
     if "databases" in parameters:
         options = {"databases": databases, **options}
     if "vocab_size" in parameters and vocab_size is not None:

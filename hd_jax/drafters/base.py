@@ -126,10 +126,12 @@ class Drafter:
       max_depth: of the deepest node of any tree; a chain of C tokens has C. Deeper nodes would not be accepted.
       source_names: what the trees' `sources` index, at least one.
       draft: (tables, state, context) -> DraftTree of N nodes whose node 0 is `context.root`. The likeliest nodes come first: an
-        adaptive budget verifies the first n. It goes by the tree's `probabilities` where the drafter estimates them; it need
-        not, and `draft_tree`'s functions say UNKNOWN.
+        adaptive budget verifies the first n, and goes by the tree's `probabilities`. A drafter that estimates none leaves
+        them UNKNOWN, as `draft_tree`'s functions do; one that does: `tree._replace(probabilities=...)`, of which the root's
+        and those of unused places do not count. They steer the budget alone.
       init: (tables, context) -> state, when a request starts; the context is the prompt, whose last token is the first root.
-      update: (tables, state, context, feedback) -> state, after every step. The step's tokens are the last
+      update: (tables, state, context, feedback) -> state, after every step; after one that verified no draft, the feedback's
+        tree and path are the root alone, so rates of what was verified stand still. The step's tokens are the last
         `feedback.num_appended` of the context: context.tokens[length - num_appended : length].
       renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last
         request; its shapes must not depend on S. None for a method that starts every request afresh.
@@ -154,3 +156,25 @@ class Drafter:
     refresh: Callable[[Context], Any] | None = flax.struct.field(pytree_node=False, default=None)
     num_top_logits: int = flax.struct.field(pytree_node=False, default=0)
     tables: Tables = ()
+
+    def checked_draft(self, tables: Tables, state: State, context: Context) -> DraftTree:
+        """What `draft` gives, with the context's root in node 0: of another root, the model's answers would not be the text's.
+
+        Raises:
+          ValueError: it is no tree of this drafter's size.
+        """
+        tree = self.draft(tables, state, context)
+        blank = draft_tree.root_only(context.root, self.num_nodes)
+        if not isinstance(tree, DraftTree):
+            raise ValueError(f"drafter {self.name}: draft must return a DraftTree, not {type(tree).__name__}")
+        for name, found, due in zip(DraftTree._fields, tree, blank, strict=True):
+            shape, dtype = jnp.shape(found), jnp.result_type(found)
+            if (shape, dtype) != (due.shape, due.dtype):
+                raise ValueError(
+                    f"drafter {self.name}: the tree's {name} are {dtype}{list(shape)}, not {due.dtype}{list(due.shape)}; its "
+                    f"num_nodes is {self.num_nodes}, the root included"
+                )
+        is_root = jnp.arange(self.num_nodes) == ROOT_INDEX
+        return tree._replace(
+            tokens=jnp.where(is_root, blank.tokens, tree.tokens), parents=jnp.where(is_root, blank.parents, tree.parents)
+        )
