@@ -108,7 +108,7 @@ def promises(tree: DraftTree, sizes: Sequence[int]) -> jax.Array:
     places = np.arange(tree.tokens.shape[0])
     first_size = np.maximum(np.searchsorted(sizes, places + 1) - 1, 0)  # the size, above 1, that first holds each place
     unknown = _first_gains(sizes) / np.diff(sizes)
-    probabilities = jnp.where(tree.probabilities < 0, unknown[first_size], tree.probabilities)
+    probabilities = jnp.where(tree.probabilities >= 0, tree.probabilities, unknown[first_size])  # NaN is unknown too
     is_counted = draft_tree.is_node(tree) & ~tree.is_window & (places != ROOT_INDEX)
     is_of_size = first_size == np.arange(len(sizes) - 1)[:, None]
     return jnp.sum(jnp.where(is_counted & is_of_size, probabilities, 0.0), axis=1)

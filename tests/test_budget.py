@@ -71,6 +71,8 @@ def test_a_size_promises_the_probabilities_of_its_nodes():
     cut = tree._replace(parents=tree.parents.at[3:].set(UNUSED))
     assert budget.promises(cut, SIZES).tolist() == [0.5, 0.25, 0]
     first = budget.FIRST_GAIN * budget.GAIN_RATIO ** np.arange(3)
+    odd = TREE._replace(probabilities=jnp.asarray([0, jnp.nan, *[UNKNOWN] * 4]))
+    np.testing.assert_allclose(budget.promises(odd, SIZES), first)
     np.testing.assert_allclose(budget.promises(TREE, SIZES), first)  # a full tree without estimates promises what is taken
     np.testing.assert_allclose(budget.promises(TREE._replace(parents=cut.parents), SIZES), first * [1, 0.5, 0])
 

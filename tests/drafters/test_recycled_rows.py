@@ -34,7 +34,8 @@ def _step(rng: np.random.Generator, text: list[int], num_appended: int) -> tuple
         alone[NO_TOKEN, int(tokens[node])] = node
         pairs[int(above), int(tokens[node])] = node
     rows = {key: dict(zip(top[node].tolist(), probabilities[node], strict=True)) for key, node in {**alone, **pairs}.items()}
-    tree = DraftTree(*(jnp.asarray(x, jnp.int32) for x in (tokens, parents, np.zeros(NUM_NODES))), jnp.zeros(NUM_NODES, bool))
+    numbers = (jnp.asarray(x, jnp.int32) for x in (tokens, parents, np.zeros(NUM_NODES)))
+    tree = DraftTree(*numbers, jnp.zeros(NUM_NODES, bool), jnp.ones(NUM_NODES))
     context = Context(jnp.asarray(text + [0] * (40 - len(text)), jnp.int32), jnp.int32(len(text)), jnp.int32(1))
     path = jnp.full(4, NO_NODE).at[0].set(0)
     feedback = Feedback(
