@@ -82,9 +82,14 @@ def _batch(tree: DraftTree) -> DraftTree:
 
 
 def _choose(state: budget.State, tree: DraftTree, length: int = 1) -> tuple[int, budget.State]:
-    ancestors = jax.vmap(draft_tree.ancestor_mask)(_batch(tree))
-    size, state = budget.choose(state, SIZES, _batch(tree), ancestors, jnp.asarray([length]), jnp.zeros(1, bool))
+    size, state = _chosen(state, _batch(tree), jnp.asarray([length]))
     return SIZES[int(size)], state
+
+
+@jax.jit
+def _chosen(state: budget.State, trees: DraftTree, lengths: jax.Array) -> tuple[jax.Array, budget.State]:
+    ancestors = jax.vmap(draft_tree.ancestor_mask)(trees)
+    return budget.choose(state, SIZES, trees, ancestors, lengths, jnp.zeros(1, bool))
 
 
 @pytest.mark.parametrize(
@@ -116,15 +121,20 @@ def test_rows_that_have_ended_do_not_count():
 def _simulate(costs, texts_go_on, num_steps: int, tree: DraftTree = TREE) -> list[int]:
     """The sizes of steps with a tree, 0 for one without; at step i the text goes on as TREE says if `texts_go_on(i)`."""
     state, text, out = budget.start(SIZES, jnp.asarray(costs, jnp.float32), 1, 6), [3], []
-    advance = jax.jit(functools.partial(budget.advance, sizes=SIZES))
     for step in range(num_steps):
         out.append(0)
         if state.is_drafting:
             out[-1], state = _choose(state, tree, len(text))
         text += [4, 5, 6, 3] if texts_go_on(step) else [3]  # whatever was verified
-        tokens = jnp.zeros((1, 600), jnp.int32).at[0, : len(text)].set(jnp.asarray(text))
-        state = advance(state, tokens=tokens, lengths=jnp.asarray([len(text)]))
+        tokens = np.zeros((1, 600), np.int32)
+        tokens[0, : len(text)] = text
+        state = _advanced(state, tokens, jnp.asarray([len(text)]))
     return out
+
+
+@jax.jit
+def _advanced(state: budget.State, tokens: jax.Array, lengths: jax.Array) -> budget.State:
+    return budget.advance(state, SIZES, tokens, lengths)
 
 
 def test_sizes_follow_what_drafts_earn():
