@@ -49,6 +49,7 @@ class Watched(NamedTuple):
 
     tree: DraftTree  # [B, N]
     ancestors: jax.Array  # bool[B, N, N]
+    promised: jax.Array  # float32[B, Z - 1]
     lengths: jax.Array  # int32[B], the root included; or NOTHING_WATCHED
 
 
@@ -83,7 +84,8 @@ def start(sizes: tuple[int, ...], costs: jax.Array, num_rows: int, num_nodes: in
     """
     tree = jax.vmap(draft_tree.root_only, in_axes=(0, None))(jnp.zeros(num_rows, jnp.int32), num_nodes)
     ancestors = jnp.zeros((num_rows, num_nodes, num_nodes), bool)
-    watched = Watched(tree, ancestors, jnp.full(num_rows, NOTHING_WATCHED, jnp.int32))
+    promised = jnp.zeros((num_rows, len(sizes) - 1))
+    watched = Watched(tree, ancestors, promised, jnp.full(num_rows, NOTHING_WATCHED, jnp.int32))
     gains = _first_gains(sizes)
     _, tokens, cost = _best(gains, costs)
     wait = jnp.where(_pays(tokens, cost, costs), 0, _steps(FIRST_WAIT, costs))
@@ -130,12 +132,12 @@ def choose(
     Returns:
       int32[] index of the size, 0 where the root alone is worth verifying, and the state.
     """
-    of_rows = jax.vmap(functools.partial(promises, sizes=tuple(sizes)))(tree)
-    mean = jnp.sum(jnp.where(is_finished[:, None], 0.0, of_rows), axis=0) / jnp.sum(~is_finished)
+    promised = jax.vmap(functools.partial(promises, sizes=tuple(sizes)))(tree)
+    mean = jnp.sum(jnp.where(is_finished[:, None], 0.0, promised), axis=0) / jnp.sum(~is_finished)
     size, tokens, cost = _best(mean * state.earned / jnp.maximum(state.promised, MIN_PROMISE), state.costs)
     is_new = state.watched.lengths == NOTHING_WATCHED
     pick = lambda new, old: jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
-    watched = jax.tree.map(pick, Watched(tree, ancestors, lengths), state.watched)
+    watched = jax.tree.map(pick, Watched(tree, ancestors, promised, lengths), state.watched)
     tokens, cost = state.tokens + RATE * (tokens - state.tokens), state.cost + RATE * (cost - state.cost)
     return size, state._replace(tokens=tokens, cost=cost, watched=watched)
 
@@ -187,7 +189,6 @@ def _learned(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax
     """The state after what it watches has shown its depths, as `advance`."""
     watched = state.watched
     depths, is_final = jax.vmap(functools.partial(reached, sizes=tuple(sizes)))(watched, tokens=tokens, length=lengths)
-    promised = jax.vmap(functools.partial(promises, sizes=tuple(sizes)))(watched.tree)
     num_final = jnp.sum(is_final)
     weight = 1 - (1 - RATE) ** num_final.astype(jnp.float32)  # as if they had come one by one
 
@@ -197,7 +198,7 @@ def _learned(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax
 
     return state._replace(
         earned=moved(state.earned, jnp.diff(depths, axis=1)),
-        promised=moved(state.promised, promised),
+        promised=moved(state.promised, watched.promised),
         watched=watched._replace(lengths=jnp.where(is_final, NOTHING_WATCHED, watched.lengths)),
     )
 

@@ -49,7 +49,7 @@ def test_sizes_are_one_and_a_drafters_own_and_few_between(sizes):
     ],
 )
 def test_how_deep_the_text_got_in_each_prefix(text, depths, is_final):
-    watched = budget.Watched(TREE, draft_tree.ancestor_mask(TREE), jnp.int32(2))
+    watched = budget.Watched(TREE, draft_tree.ancestor_mask(TREE), jnp.zeros(3), jnp.int32(2))
     tokens = jnp.asarray([*text, 4, 5, 6, 7, 7])  # what stands behind the text is no part of it
     found, final = budget.reached(watched, SIZES, tokens, jnp.int32(len(text)))
     assert (found.tolist(), bool(final)) == (depths, is_final)
@@ -59,7 +59,7 @@ def test_how_deep_the_text_got_in_each_prefix(text, depths, is_final):
 
 def test_window_nodes_earn_and_promise_nothing():
     tree = TREE._replace(is_window=jnp.asarray([False] + [True] * 5))
-    watched = budget.Watched(tree, draft_tree.ancestor_mask(tree), jnp.int32(1))
+    watched = budget.Watched(tree, draft_tree.ancestor_mask(tree), jnp.zeros(3), jnp.int32(1))
     found, final = budget.reached(watched, SIZES, jnp.asarray([3, 4, 5, 6]), jnp.int32(4))
     assert (found.tolist(), bool(final)) == ([0, 0, 0, 0], True)
     assert budget.promises(tree, SIZES).tolist() == [0, 0, 0]
