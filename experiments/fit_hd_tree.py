@@ -52,6 +52,7 @@ from hd_jax.models import tokenizer as tokenizers
 from hd_jax.runner import num_slots
 
 HELD_OUT = 5  # of so many prompts of the corpora one is read, and not in the databases
+READINGS = 4  # of the recorded answers, each with other steps: so they weigh as much as those of the corpus
 READ_AHEAD = 5  # tokens that are looked at with one state, at most: a tree's nodes are as far from it
 HISTORY = 8192  # tokens that the state has room for
 HIDDEN = 32
@@ -184,7 +185,8 @@ def run(settings: replay.Settings, output: pathlib.Path, subsets: Sequence[str],
         clock = time.perf_counter()
         tables = _tables(databases, sources)
         held_out = collect(tables, unseen[::4], sources, seed)
-        parts = [collect(tables, seen, sources, seed + 1), collect(_tables(others, sources), answers, sources, seed + 2)]
+        parts = [collect(tables, seen, sources, seed + 1 + reading) for reading in range(READINGS)]
+        parts.append(collect(_tables(others, sources), answers, sources, seed + 1 + READINGS))
         samples = Samples(*(np.concatenate(column) for column in zip(*parts, strict=True)))
         net, loss = fit(samples, held_out, epochs, seed)
         named = {f"{sources}.{name}": np.asarray(array) for name, array in {**net, "prolonged": prolonged(parts[0])}.items()}
