@@ -8,7 +8,7 @@ features; the label is the one that came, or that none did. A network for each s
 likelihood. The text is that of two kinds:
 
     recorded answers   (as `experiments.replay` reads them) to the questions at even places of the question file (from 0), with
-                       databases of both corpora; the other questions stay unseen, for a test
+                       databases of both corpora, READINGS times; the other questions stay unseen, for a test
     the model corpus   the answers to every HELD_OUT-th prompt, with databases of the answers to the other prompts
 
 The weights are small enough to be shipped, and know nothing of single tokens.
