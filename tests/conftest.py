@@ -1,6 +1,8 @@
-"""Small models for the tests."""
+"""Small models for the tests, and a compiler that takes less than half of its time."""
 
 from __future__ import annotations
+
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,13 @@ import pytest
 from hd_jax.models import llama
 from hd_jax.models.config import ModelConfig
 from hd_jax.runner import LM
+
+# Nearly all of a test's time is XLA's, and programs for small models need not be fast. Unknown flags stop the process, so the
+# second is given only to releases that are known to have it. `XLA_FLAGS= pytest` tests with the compiler as users have it.
+QUICK_COMPILATION = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):
+    QUICK_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK_COMPILATION))
 
 
 class LetterTokenizer:

@@ -103,8 +103,7 @@ def test_every_matrix_of_a_model_is_split(lm):
 
 
 def _environment(num_devices: int) -> dict[str, str]:
-    # Compiling takes most of the time; how fast the programs are is not asked here.
-    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
