@@ -102,7 +102,7 @@ class _Verified(NamedTuple):
     nodes: jax.Array  # int32[B, P], the accepted path, root first, then NO_NODE; P = max_depth + 1
     num_accepted: jax.Array  # int32[B], of them, the root not counted
     appended: jax.Array  # int32[B, P], the targets along the path
-    rows: Cache  # [B, K, P, D] a layer, the path's
+    rows: Cache  # [B, K, N, D] a layer
     logprobs: Logprobs | None  # [B, P], of the appended tokens
 
 
@@ -257,6 +257,7 @@ def _fit(x: jax.Array, size: int, axis: int, filler: int = 0) -> jax.Array:
     return jnp.pad(x, padding, constant_values=filler)
 
 
+@jax.named_scope("draft")
 def _draft(
     model: Llama | None, drafter: Drafter, request: Request, host: Any, width: int, state: State
 ) -> tuple[DraftTree, jax.Array]:
@@ -313,8 +314,6 @@ def _verify(
     logprobs = None
     if state.logprobs is not None:
         logprobs = _logprobs(jnp.take_along_axis(logits, nodes[:, :, None], axis=1), appended, settings.num_logprobs, mesh)
-    # The path's rows lie next to each other when they are written.
-    picked = jax.tree.map(lambda x: jnp.take_along_axis(x, nodes[:, None, :, None], axis=2), new_rows)
     top_logits, top_tokens = _top_k(logits, drafter.num_top_logits, mesh)
     length, width = min(drafter.max_depth + 1, max_size), min(drafter.num_nodes, max_size)
     return _Verified(
@@ -325,7 +324,7 @@ def _verify(
         nodes=_fit(path.nodes, length, 1, NO_NODE),
         num_accepted=path.num_accepted,
         appended=_fit(appended, length, 1),
-        rows=jax.tree.map(lambda x: _fit(x, length, 2), picked),
+        rows=jax.tree.map(lambda x: _fit(x, max_size, 2), new_rows),
         logprobs=jax.tree.map(lambda x: _fit(x, length, 1), logprobs),
     )
 
@@ -393,8 +392,9 @@ def step(
     # The only write to the cache in a step. Where it goes depends on the logits (num_appended is never negative), and so it is
     # known to follow every layer's reading: else a pass of one node, whose row is there earlier, would copy the whole cache.
     slots = state.lengths - 1 + jnp.minimum(num_appended, 0)
+    order = jnp.maximum(verified.nodes, 0)
     state = state._replace(
-        cache=() if model is None else llama.write_rows(state.cache, verified.rows, slots, model.config),
+        cache=() if model is None else llama.write_rows(state.cache, verified.rows, slots, model.config, order, model.mesh),
         tokens=tokens,
         lengths=lengths,
         is_finished=state.is_finished | is_stopped | (lengths >= request.limits),
@@ -414,7 +414,7 @@ def step(
         path=_fit(verified.nodes, drafter.max_depth + 1, 1, NO_NODE),
         num_appended=num_appended,
     )
-    update = sharding.over_rows(drafter.update, None if model is None else model.mesh)
+    update = jax.named_scope("learn")(sharding.over_rows(drafter.update, None if model is None else model.mesh))
     drafter_state = update(drafter.tables, state.drafter, _contexts(request, state, ()), feedback)
     return state._replace(drafter=drafter_state), num_appended, jnp.sum(is_verified, axis=1), size
 

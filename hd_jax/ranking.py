@@ -50,5 +50,6 @@ def by_rank(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         (values[None, :] == values[:, None]) & (places[None, :] < places[:, None])
     )
     ranks = jnp.sum(is_before, axis=1, dtype=jnp.int32)
-    indices = jnp.sum(jnp.where(ranks[None, :] == jnp.arange(k)[:, None], places[None, :], 0), axis=1, dtype=jnp.int32)
-    return values[indices], indices
+    is_it = ranks[None, :] == jnp.arange(k)[:, None]
+    indices = jnp.sum(jnp.where(is_it, places[None, :], 0), axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(is_it, values[None, :], 0), axis=1), indices

@@ -51,8 +51,10 @@ def attend(
     per_split = pl.cdiv(num_slots // SLOTS, num_splits) * SLOTS
     num_splits = pl.cdiv(num_slots, per_split)
 
-    def of_group(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, size, head_dim), lambda b, k, i, s: (b, k, 0, 0))
+    # New keys and values are taken as [B, T, K, D], as products leave them: so XLA turns none, and makes all in one kernel.
+    new = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), new)
+    of_new = pl.BlockSpec((None, num_tokens, None, head_dim), lambda b, k, i, s: (b, 0, k, 0))
+    of_cached = pl.BlockSpec((None, None, num_slots, head_dim), lambda b, k, i, s: (b, k, 0, 0))
 
     shape = (num_splits, num_rows, num_tokens, num_groups, group_size)
     by_row = pl.BlockSpec((None, None, num_tokens, None, group_size), lambda b, k, i, s: (s, b, 0, k, 0))
@@ -61,11 +63,11 @@ def attend(
         grid=(num_rows, num_groups, num_blocks, num_splits),
         in_specs=[
             pl.BlockSpec((None, num_tokens, None, group_size, head_dim), lambda b, k, i, s: (b, 0, k, 0, 0)),
-            of_group(num_tokens),
-            of_group(num_tokens),
+            of_new,
+            of_new,
             pl.BlockSpec((None, num_tokens, num_tokens), lambda b, k, i, s: (b, 0, 0)),
-            of_group(num_slots),
-            of_group(num_slots),
+            of_cached,
+            of_cached,
             pl.BlockSpec((None,), lambda b, k, i, s: (b,)),
         ],
         out_specs=[

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from hd_jax import sharding
-from hd_jax.models import gpu_attention
+from hd_jax.models import gpu_attention, gpu_cache
 from hd_jax.models.config import ModelConfig, RopeConfig
 
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
@@ -73,8 +73,27 @@ def with_slots(cache: Cache, num_slots: int, config: ModelConfig) -> Cache:
     return tuple((widen(k, 3 if config.is_feature_major else 2), widen(v, 2)) for k, v in cache)
 
 
-def write_rows(cache: Cache, rows: Cache, slots: jax.Array, config: ModelConfig) -> Cache:
-    """Writes [B, K, T, D] rows at each row's slot: int32[B]. The caller keeps T slots free behind it: writes are clamped."""
+@jax.named_scope("commit")
+def write_rows(
+    cache: Cache,
+    rows: Cache,
+    slots: jax.Array,
+    config: ModelConfig,
+    order: jax.Array | None = None,
+    mesh: sharding.AnyMesh = None,
+) -> Cache:
+    """The cache with rows written at each text's slot, next to each other.
+
+    The caller keeps as many slots free behind it: writes are clamped.
+
+    Args:
+      cache: S slots.
+      rows: [B, K, T, D] a layer.
+      slots: int32[B].
+      config: of the model.
+      order: int32[B, P], which of the T rows are written; None for all. On one GPU, a kernel of its own does it (gpu_cache.py).
+      mesh: over which the cache is split.
+    """
 
     def write(array: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         if array.shape[0] == 1:
@@ -85,7 +104,21 @@ def write_rows(cache: Cache, rows: Cache, slots: jax.Array, config: ModelConfig)
     def write_keys(keys: jax.Array, new: jax.Array) -> jax.Array:
         return write(keys, jnp.swapaxes(new, 2, 3), 3) if config.is_feature_major else write(keys, new, 2)
 
-    return tuple((write_keys(k, nk), write(v, nv, 2)) for (k, v), (nk, nv) in zip(cache, rows, strict=True))
+    def by_layer(cache: Cache, rows: Cache) -> Cache:
+        return tuple((write_keys(k, nk), write(v, nv, 2)) for (k, v), (nk, nv) in zip(cache, rows, strict=True))
+
+    def picked_by_layer(cache: Cache, rows: Cache, order: jax.Array) -> Cache:
+        return by_layer(cache, jax.tree.map(lambda x: jnp.take_along_axis(x, order[:, None, :, None], axis=2), rows))
+
+    def at_once(cache: Cache, rows: Cache, order: jax.Array) -> Cache:
+        cached, structure = jax.tree.flatten(cache)
+        return jax.tree.unflatten(structure, gpu_cache.write(cached, jax.tree.leaves(rows), order, slots))
+
+    if order is None:
+        return by_layer(cache, rows)
+    if mesh is not None or config.is_feature_major:
+        return picked_by_layer(cache, rows, order)
+    return jax.lax.platform_dependent(cache, rows, order, cuda=at_once, default=picked_by_layer)
 
 
 def for_devices(config: ModelConfig, mesh: sharding.AnyMesh) -> ModelConfig:
@@ -144,8 +177,11 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, axis: int) -> jax.Array:
     """Rotates heads by float32 angles, of half their width, pairing dimension i with i + D / 2 as Hugging Face does."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=axis)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
+    cos, sin = jnp.expand_dims(cos, axis), jnp.expand_dims(sin, axis)
+    sign = jnp.asarray([-1.0, 1.0]).reshape(2, *[1] * (x.ndim - axis))
+    # Number by number, and no joining of halves: so XLA makes queries, keys and values of like shapes in one kernel.
+    return (halves * cos + jnp.flip(halves, axis) * (sin * sign)).astype(x.dtype).reshape(x.shape)
 
 
 def attend(
