@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -22,7 +21,8 @@ import numpy as np
 
 from hd_jax import budget, loop, sharding
 
-NUM_STEPS = 6  # of each size in a round
+NUM_STEPS = 6  # a dispatch
+LONG_MS = 20.0  # of steps that are timed, and of those before: after a pause steps are slow at first, plain ones most
 NUM_ROUNDS = 8  # whose medians count, after one to warm up
 FOLDER = "step_costs"  # inside that of JAX's compilation cache
 
@@ -37,8 +37,8 @@ def measure(
     """Milliseconds of a step of each kind: one that drafts nothing, then those that draft, by the size that they verify.
 
     The kinds take turns, and medians are of their ratios to the first in the same turn: a slow moment slows all alike. The
-    steps of a kind are run twice, and timed the second time: the first ones would pay for what the kind before them, a
-    larger or a smaller one, has left in the processor's caches.
+    steps of a kind are run for LONG_MS before they are timed: the first ones would pay for what the kind before them, a
+    larger or a smaller one, has left in the processor's caches. What a dispatch takes besides its steps does not count.
 
     Args:
       dispatch: runs a number of steps at most; the state is donated.
@@ -56,26 +56,44 @@ def measure(
         limits=bound(np.full_like(request.limits, np.iinfo(np.int32).max)),
         stop_tokens=bound(np.full_like(request.stop_tokens, np.iinfo(np.int32).min)),  # not NO_TOKEN, which ends a record
     )
+
+    def begun(state: loop.State, kind: int) -> loop.State:
+        """At the prompts' ends, with a budget that takes steps of this kind alone."""
+        # No size is chosen whose cost is infinite. Where nothing is to be drafted, drafts promise nothing, and the wait is
+        # not over before the end; elsewhere they are worth more than steps without one, whose cost is infinite too.
+        only = np.full(1 + len(sizes), np.inf, np.float32)
+        only[kind] = 1.0
+        is_drafting = np.bool_(kind != budget.PLAIN)
+        forced = {"costs": only, "is_drafting": is_drafting, "wait": np.int32(np.iinfo(np.int32).max)}
+        forced |= {"tokens": np.float32(is_drafting), "cost": np.float32(1)}
+        texts = {"lengths": np.array(request.prompt_lengths), "is_finished": np.zeros_like(state.is_finished)}
+        assert state.budget is not None
+        return jax.block_until_ready(state._replace(**bound(texts), budget=state.budget._replace(**bound(forced))))
+
+    def run(state: loop.State, num_steps: int) -> tuple[float, loop.State]:
+        """The milliseconds of so many steps more, dispatches included."""
+        clock, is_done = time.perf_counter(), False
+        while not is_done:
+            state, record = dispatch(request, state, num_steps)
+            num_steps -= int(np.count_nonzero(record.pass_sizes))
+            is_done = num_steps == 0
+        return (time.perf_counter() - clock) * 1e3, state
+
+    def run_long(state: loop.State) -> tuple[float, float, loop.State]:
+        """Steps for LONG_MS: how often NUM_STEPS were run, their milliseconds, and the state."""
+        count, total = 0, 0.0
+        while total < LONG_MS:
+            ms, state = run(state, NUM_STEPS)
+            count, total = count + 1, total + ms
+        return count, total, state
+
     times: list[list[float]] = [[] for _ in range(1 + len(sizes))]
     for _ in range(NUM_ROUNDS + 1):
-        for kind, is_timed in itertools.product(range(len(times)), (False, True)):
-            # No size is chosen whose cost is infinite. Where nothing is to be drafted, drafts promise nothing, and the wait is
-            # not over before the end; elsewhere they are worth more than steps without one, whose cost is infinite too.
-            only = np.full(len(times), np.inf, np.float32)
-            only[kind] = 1.0
-            assert state.budget is not None
-            is_drafting = np.bool_(kind != budget.PLAIN)
-            forced = {"costs": only, "is_drafting": is_drafting, "wait": np.int32(NUM_STEPS + 1)}
-            forced |= {"tokens": np.float32(is_drafting), "cost": np.float32(1)}
-            begun = {"lengths": np.array(request.prompt_lengths), "is_finished": np.zeros_like(state.is_finished)}
-            state = state._replace(**bound(begun), budget=state.budget._replace(**bound(forced)))
-            jax.block_until_ready(state)
-            clock, num_left = time.perf_counter(), NUM_STEPS
-            while num_left:
-                state, record = dispatch(request, state, num_left)
-                num_left -= int(np.count_nonzero(record.pass_sizes))
-            if is_timed:
-                times[kind].append((time.perf_counter() - clock) * 1e3 / NUM_STEPS)
+        for kind, found in enumerate(times):
+            *_, state = run_long(begun(state, kind))
+            count, ms, state = run_long(state)
+            idle_ms, state = run(state, 0)
+            found.append((ms / count - idle_ms) / NUM_STEPS)
     state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
     rounds = np.asarray(times)[:, 1:]
     return (np.median(rounds[0]) * np.median(rounds / rounds[0], axis=1)).tolist(), state
