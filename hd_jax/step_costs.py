@@ -38,7 +38,8 @@ def measure(
 
     The kinds take turns, and medians are of their ratios to the first in the same turn: a slow moment slows all alike. The
     steps of a kind are run for LONG_MS before they are timed: the first ones would pay for what the kind before them, a
-    larger or a smaller one, has left in the processor's caches. What a dispatch takes besides its steps does not count.
+    larger or a smaller one, has left in the processor's caches. What a dispatch takes besides its steps does not count. A
+    text may outgrow the cache meanwhile: what it writes is clamped to the last slots.
 
     Args:
       dispatch: runs a number of steps at most; the state is donated.
@@ -79,7 +80,7 @@ def measure(
             is_done = num_steps == 0
         return (time.perf_counter() - clock) * 1e3, state
 
-    def run_long(state: loop.State) -> tuple[float, float, loop.State]:
+    def run_long(state: loop.State) -> tuple[int, float, loop.State]:
         """Steps for LONG_MS: how often NUM_STEPS were run, their milliseconds, and the state."""
         count, total = 0, 0.0
         while total < LONG_MS:
@@ -87,16 +88,16 @@ def measure(
             count, total = count + 1, total + ms
         return count, total, state
 
-    times: list[list[float]] = [[] for _ in range(1 + len(sizes))]
-    for _ in range(NUM_ROUNDS + 1):
-        for kind, found in enumerate(times):
+    times, idle = np.zeros((2, 1 + len(sizes), NUM_ROUNDS + 1))  # of NUM_STEPS of each kind, and of none, by the round
+    for place in range(NUM_ROUNDS + 1):
+        for kind in range(1 + len(sizes)):
             *_, state = run_long(begun(state, kind))
             count, ms, state = run_long(state)
-            idle_ms, state = run(state, 0)
-            found.append((ms / count - idle_ms) / NUM_STEPS)
+            times[kind, place] = ms / count
+            idle[kind, place], state = run(state, 0)
     state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
-    rounds = np.asarray(times)[:, 1:]
-    return (np.median(rounds[0]) * np.median(rounds / rounds[0], axis=1)).tolist(), state
+    of_steps = np.maximum(times - np.median(idle, axis=1, keepdims=True), times / 10)[:, 1:] / NUM_STEPS
+    return (np.median(of_steps[0]) * np.median(of_steps / of_steps[0], axis=1)).tolist(), state
 
 
 def of_program(

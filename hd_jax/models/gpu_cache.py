@@ -19,7 +19,7 @@ def write(
     cached: Sequence[jax.Array],  # [B, K, S, D] each, written in place
     new: Sequence[jax.Array],  # [B, K, T, D] each
     order: jax.Array,  # int32[B, P], which of the T rows are written
-    slots: jax.Array,  # int32[B], where the first goes, the others behind it; at most S - P
+    slots: jax.Array,  # int32[B], where the first goes, the others behind it; those above S - P are taken for it
     *,
     interpret: bool = False,
 ) -> list[jax.Array]:
@@ -52,6 +52,7 @@ def _kernel(num_arrays: int, order_ref, slot_ref, *refs):
     num_written = order_ref.shape[0]
     # A block has a power of two rows: those beyond the last one repeat it, and write the same again.
     numbers = jnp.minimum(jnp.arange(pl.next_power_of_2(num_written)), num_written - 1)
-    order, slots = order_ref[numbers], slot_ref[...] + numbers
+    num_slots = cached_refs[0].shape[0]
+    order, slots = order_ref[numbers], jnp.minimum(slot_ref[...], num_slots - num_written) + numbers
     for new_ref, cached_ref in zip(new_refs, cached_refs, strict=True):
         cached_ref[slots, :] = new_ref[order, :]

@@ -17,6 +17,7 @@ from hd_jax.models import gpu_cache, llama
         (1, 1, [[0]], [7]),  # plain decoding
         (1, 9, [[0, 4, 5]], [0]),  # a number of rows that is no power of two
         (2, 5, [[0, 2, 4, 0], [0, 0, 0, 0]], [5, 60]),  # to each text's own slot, the last one there is; places without a node
+        (1, 5, [[0, 1, 3]], [63]),  # more than there are slots: clamped
     ],
 )
 def test_the_kernel_writes_what_the_layers_write(lm, num_rows, num_new, order, slots):
