@@ -102,7 +102,7 @@ class _Verified(NamedTuple):
     nodes: jax.Array  # int32[B, P], the accepted path, root first, then NO_NODE; P = max_depth + 1
     num_accepted: jax.Array  # int32[B], of them, the root not counted
     appended: jax.Array  # int32[B, P], the targets along the path
-    rows: Cache  # [B, K, N, D] a layer
+    rows: Cache  # [B, K, places of the tree, D] a layer
     logprobs: Logprobs | None  # [B, P], of the appended tokens
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from hd_jax import budget, loop, sharding
 
-NUM_STEPS = 6  # a dispatch
+NUM_STEPS = 6  # that are asked for at once
 LONG_MS = 20.0  # of steps that are timed, and of those before: after a pause steps are slow at first, plain ones most
 NUM_ROUNDS = 8  # whose medians count, after one to warm up
 FOLDER = "step_costs"  # inside that of JAX's compilation cache
@@ -38,8 +38,9 @@ def measure(
 
     The kinds take turns, and medians are of their ratios to the first in the same turn: a slow moment slows all alike. The
     steps of a kind are run for LONG_MS before they are timed: the first ones would pay for what the kind before them, a
-    larger or a smaller one, has left in the processor's caches. What a dispatch takes besides its steps does not count. A
-    text may outgrow the cache meanwhile: what it writes is clamped to the last slots.
+    larger or a smaller one, has left in the processor's caches. What a dispatch takes besides its steps does not count, unless
+    steps of the kind have a dispatch each, as drafts with the host. A text may outgrow the cache meanwhile: what it writes is
+    clamped to the last slots.
 
     Args:
       dispatch: runs a number of steps at most; the state is donated.
@@ -71,32 +72,31 @@ def measure(
         assert state.budget is not None
         return jax.block_until_ready(state._replace(**bound(texts), budget=state.budget._replace(**bound(forced))))
 
-    def run(state: loop.State, num_steps: int) -> tuple[float, loop.State]:
-        """The milliseconds of so many steps more, dispatches included."""
-        clock, is_done = time.perf_counter(), False
-        while not is_done:
-            state, record = dispatch(request, state, num_steps)
-            num_steps -= int(np.count_nonzero(record.pass_sizes))
-            is_done = num_steps == 0
-        return (time.perf_counter() - clock) * 1e3, state
+    def run(state: loop.State, num_steps: int) -> tuple[int, float, loop.State]:
+        """One dispatch: how many steps it took, of so many at most, its milliseconds, and the state."""
+        clock = time.perf_counter()
+        state, record = dispatch(request, state, num_steps)
+        count = int(np.count_nonzero(record.pass_sizes))
+        return count, (time.perf_counter() - clock) * 1e3, state
 
-    def run_long(state: loop.State) -> tuple[int, float, loop.State]:
-        """Steps for LONG_MS: how often NUM_STEPS were run, their milliseconds, and the state."""
-        count, total = 0, 0.0
-        while total < LONG_MS:
-            ms, state = run(state, NUM_STEPS)
-            count, total = count + 1, total + ms
-        return count, total, state
+    def run_long(state: loop.State) -> tuple[int, int, float, loop.State]:
+        """Steps for LONG_MS: their number, that of dispatches, the milliseconds, and the state."""
+        num_steps, num_dispatches, total = 0, 0, 0.0
+        while total < LONG_MS or num_steps < NUM_STEPS:
+            count, ms, state = run(state, NUM_STEPS)
+            num_steps, num_dispatches, total = num_steps + count, num_dispatches + 1, total + ms
+        return num_steps, num_dispatches, total, state
 
-    times, idle = np.zeros((2, 1 + len(sizes), NUM_ROUNDS + 1))  # of NUM_STEPS of each kind, and of none, by the round
+    times, idle = np.zeros((2, 1 + len(sizes), NUM_ROUNDS + 1))  # of a step, and what of it is its part of a dispatch
     for place in range(NUM_ROUNDS + 1):
         for kind in range(1 + len(sizes)):
             *_, state = run_long(begun(state, kind))
-            count, ms, state = run_long(state)
-            times[kind, place] = ms / count
-            idle[kind, place], state = run(state, 0)
+            num_steps, num_dispatches, ms, state = run_long(state)
+            _, idle_ms, state = run(state, 0)
+            times[kind, place] = ms / num_steps
+            idle[kind, place] = idle_ms * num_dispatches / num_steps if num_dispatches < num_steps else 0
     state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
-    of_steps = np.maximum(times - np.median(idle, axis=1, keepdims=True), times / 10)[:, 1:] / NUM_STEPS
+    of_steps = times[:, 1:] - np.median(idle, axis=1, keepdims=True)
     return (np.median(of_steps[0]) * np.median(of_steps / of_steps[0], axis=1)).tolist(), state
 
 

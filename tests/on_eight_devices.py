@@ -119,6 +119,7 @@ def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
 def test_the_split_loop_lowers_for_gpus_and_tpus(lm, exact):
     exported = lower_for_gpus_and_tpus(on_mesh(lm, "data=2,model=4"), DRAFTERS["hd"], exact)
     assert [program.nr_devices for program in exported] == [8, 8]
+    assert "xla.gpu.triton" not in exported[0].mlir_module()  # kernels of ours are for one GPU
 
 
 def test_a_second_request_on_a_mesh_compiles_nothing(lm, caplog):

@@ -133,7 +133,7 @@ def _kernel(
         is_allowed = mask_ref[tokens[:, None], columns[None, :]] & (numbers < num_tokens)[None, :]
         return take(carry, new_keys_ref[columns, :], new_values_ref[columns, :], is_allowed)
 
-    length = length_ref[...]
+    length = jnp.minimum(length_ref[...], keys_ref.shape[0])
     nothing = (jnp.zeros((block, head_dim), jnp.float32), jnp.full(block, lowest), jnp.zeros(block, jnp.float32))
     num_left = jnp.clip(length - split * per_split, 0, per_split)
     carry = jax.lax.fori_loop(0, pl.cdiv(num_left, SLOTS), take_cached, nothing)

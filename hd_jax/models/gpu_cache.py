@@ -15,6 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 
+def is_possible(head_dim: int) -> bool:
+    """Whether the kernel has a form for heads of this size."""
+    return head_dim == pl.next_power_of_2(head_dim)
+
+
 def write(
     cached: Sequence[jax.Array],  # [B, K, S, D] each, written in place
     new: Sequence[jax.Array],  # [B, K, T, D] each

@@ -84,14 +84,15 @@ def write_rows(
 ) -> Cache:
     """The cache with rows written at each text's slot, next to each other.
 
-    The caller keeps as many slots free behind it: writes are clamped.
+    The caller keeps slots free for all that are written: writes are clamped. Picked rows are written by a kernel of their own
+    on one GPU (gpu_cache.py).
 
     Args:
       cache: S slots.
       rows: [B, K, T, D] a layer.
       slots: int32[B].
       config: of the model.
-      order: int32[B, P], which of the T rows are written; None for all. On one GPU, a kernel of its own does it (gpu_cache.py).
+      order: int32[B, P], which of the T rows are written; None for all.
       mesh: over which the cache is split.
     """
 
@@ -116,7 +117,7 @@ def write_rows(
 
     if order is None:
         return by_layer(cache, rows)
-    if mesh is not None or config.is_feature_major:
+    if mesh is not None or config.is_feature_major or not gpu_cache.is_possible(config.head_dim):
         return picked_by_layer(cache, rows, order)
     return jax.lax.platform_dependent(cache, rows, order, cuda=at_once, default=picked_by_layer)
 
@@ -175,11 +176,14 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]
     return frequencies, 1.0
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, axis: int) -> jax.Array:
-    """Rotates heads by float32 angles, of half their width, pairing dimension i with i + D / 2 as Hugging Face does."""
-    halves = x.astype(jnp.float32).reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
-    cos, sin = jnp.expand_dims(cos, axis), jnp.expand_dims(sin, axis)
-    sign = jnp.asarray([-1.0, 1.0]).reshape(2, *[1] * (x.ndim - axis))
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """Rotates heads by float32 angles, of half their width, pairing dimension i with i + D / 2 as Hugging Face does.
+
+    `dtype` is that of the sums; float64 makes them independent of how they are compiled.
+    """
+    halves = x.astype(dtype).reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
+    cos, sin = (jnp.expand_dims(turn.astype(dtype), axis) for turn in (cos, sin))
+    sign = jnp.asarray([-1.0, 1.0], dtype).reshape(2, *[1] * (x.ndim - axis))
     # Number by number, and no joining of halves: so XLA makes queries, keys and values of like shapes in one kernel.
     return (halves * cos + jnp.flip(halves, axis) * (sin * sign)).astype(x.dtype).reshape(x.shape)
 
@@ -346,7 +350,7 @@ class Attention(nn.Module):
             q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
         if c.use_qk_norm:
             q, k = norm("q_norm")(q), norm("k_norm")(k)
-        q, k = _rotate(q, cos, sin, width_axis), _rotate(k, cos, sin, width_axis)
+        q, k = (_rotate(array, cos, sin, width_axis, accumulate_dtype) for array in (q, k))
         if c.is_feature_major:
             q, k, v = (jnp.transpose(array, (2, 3, 0, 1)) for array in (q, k, v))
         new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
@@ -431,7 +435,7 @@ class Llama(nn.Module):
           self_mask: bool[B, T, T], whether new token t attends to new token u (true on the diagonal).
           cache: keys and values of the committed tokens, read only; None for none.
           cache_lengths: int32[B], how many slots of each row are committed.
-          accumulate_dtype: of scores, softmax and weighted sums; float64 makes them independent of the slots' order.
+          accumulate_dtype: of rotations, scores, softmax and weighted sums; float64 makes them independent of the slots' order.
 
         Returns:
           The normalised last hidden states, [B, T, E] or, feature-major, [E, B, T], and the new tokens' keys and values.

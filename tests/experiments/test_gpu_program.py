@@ -87,10 +87,10 @@ def test_a_step_commits_in_one_kernel_and_copies_no_cache(tmp_path):
     subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], check=True, timeout=300)
     plain, drafted, budgeted = json.loads((tmp_path / "gpu_program.json").read_text())["results"]
     for found in (plain, drafted, budgeted):
-        assert found["cache_copies"] == 0
+        assert found["cache_copies"] == 0 and found["commit"] == (2 if found is budgeted else 1)  # one of each loop
         assert found["kernels"] == sum(found[part] for part in (*gpu_program.PARTS, "rest"))
     for found in (plain, drafted):
-        assert found["commit"] == 1 and 10 <= found["a_layer"] <= 15
+        assert 10 <= found["a_layer"] <= 15
     assert plain["draft"] <= 1 and plain["learn"] == 0
     assert drafted["draft"] > 10 and drafted["learn"] > 3
     assert budgeted["kernels"] > drafted["kernels"]
@@ -103,4 +103,4 @@ def test_a_machine_without_the_compiler_is_told(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(ValueError, match=r"no compiler for GPUs .* pip install"):
-        gpu_program.topology("h100")
+        gpu_program.topology()

@@ -11,6 +11,7 @@ from jax import export
 from hd_jax.models import gpu_cache, llama
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("num_rows", "num_new", "order", "slots"),
     [
@@ -20,11 +21,11 @@ from hd_jax.models import gpu_cache, llama
         (1, 5, [[0, 1, 3]], [63]),  # more than there are slots: clamped
     ],
 )
-def test_the_kernel_writes_what_the_layers_write(lm, num_rows, num_new, order, slots):
+def test_the_kernel_writes_what_the_layers_write(lm, num_rows, num_new, order, slots, dtype):
     config = lm.config
     rng = np.random.default_rng(0)
     shape = (num_rows, config.num_kv_heads, 64, config.head_dim)
-    made = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    made = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     config = dataclasses.replace(config, is_feature_major=False)
     cache = tuple((made(*shape), made(*shape)) for _ in range(config.num_layers))
     rows = tuple(tuple(made(*shape[:2], num_new, shape[3]) for _ in pair) for pair in cache)
@@ -50,7 +51,7 @@ def test_an_order_picks_rows(lm):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_a_step_takes_the_kernel_on_cuda_alone(random_bfloat16_lm):
+def test_a_path_is_written_by_the_kernel_on_cuda_alone(random_bfloat16_lm):
     config = random_bfloat16_lm.config
     cache = llama.empty_cache(config, 1, 256)
     rows = jax.tree.map(lambda x: x[:, :, :4], cache)
@@ -64,3 +65,12 @@ def test_a_step_takes_the_kernel_on_cuda_alone(random_bfloat16_lm):
     assert lowered("cuda", order).count("xla.gpu.triton") == 1
     assert "xla.gpu.triton" not in lowered("cpu", order)
     assert "xla.gpu.triton" not in lowered("cuda", None)  # a prompt's chunk
+
+
+def test_heads_of_any_size_are_written(random_bfloat16_lm):
+    """The kernel takes powers of two; others are left to XLA."""
+    config = dataclasses.replace(random_bfloat16_lm.config, head_dim=48)
+    cache = llama.empty_cache(config, 1, 256)
+    order, slots = jnp.zeros((1, 3), jnp.int32), jnp.zeros(1, jnp.int32)
+    call = jax.jit(lambda cache: llama.write_rows(cache, jax.tree.map(lambda x: x[:, :, :4], cache), slots, config, order))
+    assert "xla.gpu.triton" not in export.export(call, platforms=["cuda"])(cache).mlir_module()

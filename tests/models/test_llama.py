@@ -228,3 +228,10 @@ def test_attention_of_many_tokens_reads_no_slots_in_vain(num_slots, monkeypatch)
             patch.setattr(llama, "MANY_TOKENS", num_tokens + 1)
             whole = attend(q, new, mask, (turned(keys), values), lengths)
         np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_heads_are_turned_in_the_type_that_is_asked_for():
+    """Where float64 is enabled as well."""
+    with jax.enable_x64(True):
+        x, angles = jnp.ones((1, 2, 3, 8), jnp.float32), jnp.ones((1, 2, 1, 4), jnp.float32)
+        assert "f64" not in str(jax.make_jaxpr(lambda *arrays: llama._rotate(*arrays, 3, jnp.float32))(x, angles, angles))
