@@ -51,6 +51,12 @@ H100 = """
 US_PER_KERNEL = 312 / 132
 PARTS = ("draft", "layers", "head", "commit", "learn")  # of a step; a kernel of none of them is of the rest
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier"}
+# Instructions that launch what other computations hold, and how their text names these.
+CALLED = {
+    "while": ("body", "condition"),
+    "call": ("to_apply",),
+    "conditional": ("branch_computations", "true_computation", "false_computation"),
+}
 NUM_SLOTS = 2048
 SYNC_EVERY = 32
 
@@ -65,7 +71,6 @@ class Kernel:
     part: str  # of PARTS, or "rest"
     opcode: str
     shape: str  # of what it writes
-    path: str  # where it stands in the traced program
 
 
 def topology() -> Any:
@@ -110,9 +115,8 @@ def abstract_model(shape: str) -> LM:
     """A model of a shape as it is decoded on one GPU, without numbers. Raises ValueError where there is no such shape."""
     source = decode.load()
     config = dataclasses.replace(shapes.config_of(shape, source.tokenizer, "bfloat16"), is_fused=True)
-    model, one = Llama(config), jnp.zeros((1, 1), jnp.int32)
-    params: Any = jax.eval_shape(model.init, jax.random.key(0), one, one, jnp.ones((1, 1, 1), bool))["params"]
-    return LM(config, model, params, source.tokenizer, shape, config.max_context, source.databases)
+    model = Llama(config)
+    return LM(config, model, shapes.parameters(model), source.tokenizer, shape, config.max_context, source.databases)
 
 
 def kernels(text: str) -> list[Kernel]:
@@ -136,16 +140,12 @@ def kernels(text: str) -> list[Kernel]:
             if found is None or found["opcode"] in FREE:
                 continue
             opcode = found["opcode"]
-            inner = depth + (opcode == "while")
-            keys = {"while": ("body", "condition"), "call": ("to_apply",)}
-            keys["conditional"] = ("branch_computations", "true_computation", "false_computation")
-            if opcode in keys:
-                for key in keys[opcode]:
-                    for callee in called(line, key):
-                        yield from walk(callee, inner)
+            if opcode in CALLED:
+                for callee in (callee for key in CALLED[opcode] for callee in called(line, key)):
+                    yield from walk(callee, depth + (opcode == "while"))
             elif depth:
                 path = re.search(r'op_name="([^"]*)"', line)
-                yield Kernel(_part(path[1] if path else ""), opcode, found["shape"], path[1] if path else "")
+                yield Kernel(_part(path[1] if path else ""), opcode, found["shape"])
 
     return list(walk(entry, 0))
 

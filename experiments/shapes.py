@@ -64,11 +64,16 @@ def random_model(name: str, tokenizer: Tokenizer, *, dtype: str | None = None, m
     config = dataclasses.replace(llama.for_devices(config_of(name, tokenizer, dtype), mesh), is_fused=mesh is None)
     sharding.check(config, mesh)
     model = Llama(config, mesh=mesh)
-    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 2, jnp.ones((1, 1, 1), bool))
     params = {}
-    for index, (path, leaf) in enumerate(sorted(traverse_util.flatten_dict(shapes["params"]).items())):
+    for index, (path, leaf) in enumerate(sorted(traverse_util.flatten_dict(parameters(model)).items())):
         params[path] = _maker(leaf.shape, leaf.dtype, sharding.parameter(mesh, config, path))(index)
     return LM(config, model, traverse_util.unflatten_dict(params), tokenizer, name, config.max_context)
+
+
+def parameters(model: Llama) -> Any:
+    """Those of a model as `jax.ShapeDtypeStruct`s."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), one, one, jnp.ones((1, 1, 1), bool))["params"]
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """What a step launches on a GPU: read from the text of a program, and from one compiled here where there is a compiler."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -73,6 +74,9 @@ def test_the_kernels_of_a_step_are_those_of_the_loop():
         *("fusion", "fusion", "fusion"),
     ]
     assert found[3].shape.startswith("f32[1,2,2048,8]")
+    copied, committed = found[3:5]
+    assert gpu_program._is_copy(copied) and not gpu_program._is_copy(committed)
+    assert gpu_program._is_copy(dataclasses.replace(copied, part="commit"))
     assert found[6].shape.startswith("(f32[4]{0}, /*index=1*/f32[4]")
 
 
