@@ -37,16 +37,8 @@ from hd_jax.databases import successor_table
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.drafters.base import Context
-from hd_jax.drafters.hd_tree import (
-    HIT_BOUNDS,
-    SUBSETS,
-    blank_state,
-    candidates,
-    learn,
-    network,
-    read,
-    successor_tables,
-)
+from hd_jax.drafters.candidates import HIT_BOUNDS, SUBSETS, candidates, network, successor_tables
+from hd_jax.drafters.hd_tree import blank_state, learn, read
 from hd_jax.drafters.text_index import MAX_MATCH, recent
 from hd_jax.models import tokenizer as tokenizers
 from hd_jax.runner import num_slots

@@ -57,7 +57,7 @@ from hd_jax.databases import collection
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
-from hd_jax.drafters.hd_tree import WEIGHTS
+from hd_jax.drafters.candidates import WEIGHTS
 from hd_jax.models import tokenizer as tokenizers
 
 FIXED_SIZE = ("none", "pld", "hd", "rest")  # methods whose paper sets the number of nodes

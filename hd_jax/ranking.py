@@ -46,10 +46,15 @@ def argmax(values: jax.Array) -> jax.Array:
 def by_rank(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """As `top_k`, by the number of values that each one comes after."""
     places = jnp.arange(values.shape[0], dtype=jnp.int32)
+    is_it = ranks(values)[None, :] == jnp.arange(k)[:, None]
+    indices = jnp.sum(jnp.where(is_it, places[None, :], 0), axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(is_it, values[None, :], 0), axis=1), indices
+
+
+def ranks(values: jax.Array) -> jax.Array:
+    """int32[n]: how many of float32[n] values come before each: the larger ones, and of equal ones those that stand first."""
+    places = jnp.arange(values.shape[0], dtype=jnp.int32)
     is_before = (values[None, :] > values[:, None]) | (
         (values[None, :] == values[:, None]) & (places[None, :] < places[:, None])
     )
-    ranks = jnp.sum(is_before, axis=1, dtype=jnp.int32)
-    is_it = ranks[None, :] == jnp.arange(k)[:, None]
-    indices = jnp.sum(jnp.where(is_it, places[None, :], 0), axis=1, dtype=jnp.int32)
-    return jnp.sum(jnp.where(is_it, values[None, :], 0), axis=1), indices
+    return jnp.sum(is_before, axis=1, dtype=jnp.int32)

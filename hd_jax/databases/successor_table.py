@@ -88,8 +88,9 @@ def lookup(table: SuccessorTable, suffixes: jax.Array, num_successors: int | Non
       num_successors: G, so many of the likeliest; by default all.
     """
     num_successors = min(num_successors or table.num_successors, table.num_successors)
-    hashes, fingerprints = _hashes(suffixes[:, ::-1][:, : table.max_order])  # [Q, K]
-    buckets = table.bucket_bases[:, None] + (hashes[:, None] & table.bucket_masks[:, None]).astype(jnp.int32)  # [Q, T, K]
+    by_order = hashes([suffixes[:, -1 - back] for back in range(table.max_order)])
+    keys, fingerprints = (jnp.stack(values, axis=1) for values in by_order)  # [Q, K]
+    buckets = table.bucket_bases[:, None] + (keys[:, None] & table.bucket_masks[:, None]).astype(jnp.int32)  # [Q, T, K]
     bounds = table.bucket_starts[buckets[..., None] + np.arange(2)]
     places = bounds[..., :1] + jnp.arange(table.bucket_width, dtype=jnp.int32)  # [Q, T, K, W]
     in_bucket = _windows(table.fingerprints, bounds[..., 0], table.bucket_width)
@@ -338,20 +339,19 @@ def _interpolated(
 
 def _keys(contexts: np.ndarray) -> np.ndarray:
     """uint64[C] of int32[C, k] contexts: the fingerprint in the upper half, the hash in the lower one."""
-    hashes, fingerprints = _hashes(contexts[:, ::-1])
-    return fingerprints[:, -1].astype(np.uint64) << np.uint64(32) | hashes[:, -1].astype(np.uint64)
+    keys, fingerprints = (values[-1].astype(np.uint64) for values in hashes(list(contexts.T[::-1])))
+    return fingerprints << np.uint64(32) | keys
 
 
-def _hashes(newest_first: Any) -> tuple[Any, Any]:
-    """Two hashes uint32[Q, K] of the contexts of 1 to K tokens of int32[Q, K]; the same for numpy and JAX arrays."""
+def hashes(newest_first: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Two hashes uint32[...] of the contexts of 1 to K tokens, of K arrays int32[...]; the same for numpy and JAX arrays."""
     both = []
     for seed, factor in ((0x9E3779B1, 0x85EBCA6B), (0x7FEB352D, 0x846CA68B)):
         value, found = np.uint32(seed), []
-        for column in range(newest_first.shape[1]):
-            value = (value ^ newest_first[:, column].astype(np.uint32)) * np.uint32(factor)
+        for token in newest_first:
+            value = (value ^ token.astype(np.uint32)) * np.uint32(factor)
             value = (value ^ (value >> np.uint32(15))) * np.uint32(0xC2B2AE35)
             value = value ^ (value >> np.uint32(13))
             found.append(value)
-        stack = np.stack if isinstance(newest_first, np.ndarray) else jnp.stack
-        both.append(stack(found, axis=1))
+        both.append(found)
     return both[0], both[1]

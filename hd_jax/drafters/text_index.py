@@ -7,6 +7,7 @@ each key. So the places of frequent tokens do not push those of long matches out
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -74,9 +75,9 @@ def resume(index: TextIndex, context: Context) -> TextIndex:
     return read(index, context._replace(tokens=jnp.roll(context.tokens, -num_known), length=context.length - num_known))
 
 
-def recent(index: TextIndex) -> jax.Array:
-    """int32[MAX_MATCH]: the newest tokens, the newest last; NO_TOKEN where the text has not so many."""
-    places = index.num_seen - MAX_MATCH + jnp.arange(MAX_MATCH)
+def recent(index: TextIndex, num_skipped: int = 0) -> jax.Array:
+    """int32[MAX_MATCH]: the newest tokens but for so many, the newest last; NO_TOKEN where the text has not so many."""
+    places = index.num_seen - num_skipped - MAX_MATCH + jnp.arange(MAX_MATCH)
     return jnp.where(places >= 0, index.text[places % index.text.shape[0]], NO_TOKEN)
 
 
@@ -87,8 +88,8 @@ def append(index: TextIndex, tokens: jax.Array, num_tokens: jax.Array) -> TextIn
     is_new = offsets < num_tokens
     text = index.text.at[jnp.where(is_new, (index.num_seen + offsets) % size, size)].set(tokens, mode="drop")
     ends = index.num_seen + offsets - 1  # a place is indexed once the token behind it is known
-    buckets = _buckets(text[(ends[:, None] - jnp.arange(LONG_KEY)) % size]).T  # [2, P]
-    places, fills = _pushed(index.places, index.fills, buckets, ends, is_new & (ends >= 0))
+    keys = jnp.stack(buckets([text[(ends - back) % size] for back in range(LONG_KEY)]))  # [2, P]
+    places, fills = _pushed(index.places, index.fills, keys, ends, is_new & (ends >= 0))
     return index._replace(
         text=text,
         num_seen=index.num_seen + num_tokens,
@@ -102,7 +103,8 @@ def matches(index: TextIndex, suffixes: jax.Array, max_match: int = MAX_MATCH) -
     """Where the texts that end with int32[Q, MAX_MATCH] suffixes stood, by at most `max_match` tokens."""
     size = index.text.shape[0]
     newest_first = suffixes[:, ::-1]
-    places = index.places[_buckets(newest_first)].reshape(-1, 2 * RING)
+    keys = jnp.stack(buckets([newest_first[:, back] for back in range(LONG_KEY)]), axis=1)
+    places = index.places[keys].reshape(-1, 2 * RING)
     num_compared = max(max_match, LONG_KEY)
     back = jnp.arange(num_compared)
     stood = places[:, :, None] - back
@@ -116,16 +118,16 @@ def matches(index: TextIndex, suffixes: jax.Array, max_match: int = MAX_MATCH) -
     return Matches(jnp.where(lengths > 0, index.text[(places + 1) % size], NO_TOKEN), places, lengths)
 
 
-def _buckets(newest_first: jax.Array) -> jax.Array:
-    """The buckets int32[Q, 2] of the short and the long key of texts int32[Q, LONG_KEY or more], the newest token first."""
+def buckets(newest_first: Sequence[jax.Array]) -> list[jax.Array]:
+    """The buckets int32[...] of the short and of the long key of texts whose last LONG_KEY tokens are int32[...] each."""
     found = []
     for kind, length in enumerate((SHORT_KEY, LONG_KEY)):
-        value = jnp.uint32(0x9E3779B1)
-        for column in range(length):
-            value = (value ^ newest_first[:, column].astype(jnp.uint32)) * jnp.uint32(0x85EBCA6B)
-            value = value ^ (value >> 15)
-        found.append((value % NUM_BUCKETS).astype(jnp.int32) + kind * NUM_BUCKETS)
-    return jnp.stack(found, axis=1)
+        value = np.uint32(0x9E3779B1)
+        for token in newest_first[:length]:
+            value = (value ^ token.astype(jnp.uint32)) * np.uint32(0x85EBCA6B)
+            value = value ^ (value >> np.uint32(15))
+        found.append((value % np.uint32(NUM_BUCKETS)).astype(jnp.int32) + kind * NUM_BUCKETS)
+    return found
 
 
 def _pushed(

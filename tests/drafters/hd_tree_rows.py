@@ -16,7 +16,7 @@ from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_NODE, NO_TOKEN
 from hd_jax.drafters.base import Context, Drafter, Feedback
-from hd_jax.drafters.hd_tree import (
+from hd_jax.drafters.candidates import (
     HIT_BOUNDS,
     MATCH_LENGTHS,
     NUM_OWN_FEATURES,

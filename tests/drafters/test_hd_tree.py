@@ -19,21 +19,17 @@ from hd_jax.databases.successor_table import lookup
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.draft_tree import NO_PARENT, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters.base import Drafter
+from hd_jax.drafters.candidates import MATCH_LENGTHS, NUM_SUCCESSORS, SOURCE_NAMES, SUBSETS, log_probabilities, weights
 from hd_jax.drafters.hd_tree import (
     HIT_RATE_STEP,
-    MATCH_LENGTHS,
-    SOURCE_NAMES,
     START_HIT_RATES,
-    SUBSETS,
     TAIL_LENGTH,
     TAIL_STARTS,
     WIDTH_RATIO,
     _functions,
     blank_state,
     hd_tree,
-    log_probabilities,
     read,
-    weights,
 )
 from hd_jax.drafters.text_index import MAX_MATCH
 
@@ -150,7 +146,7 @@ Path = tuple[int, ...]
 
 
 def _children(row: Row, path: Path, sources: str, max_match: int) -> dict[Path, Node]:
-    num_successors = vars(sys.modules[hd_tree.__module__])["NUM_LATER_SUCCESSORS" if path else "NUM_SUCCESSORS"]
+    num_successors = vars(sys.modules[hd_tree.__module__])["NUM_LATER_SUCCESSORS"] if path else NUM_SUCCESSORS
     found = row.asked([[*row.text[-MAX_MATCH:], *path]], sources, max_match, num_successors)
     scores = np.asarray(_log_probabilities(row.drafter.tables, found))[0]
     if found.recycled is not None:

@@ -9,7 +9,8 @@ import pytest
 from hd_tree_rows import Row, assert_matches, databases, random_tokens, scan
 
 from hd_jax.draft_tree import NO_TOKEN
-from hd_jax.drafters.hd_tree import SOURCE_NAMES, hd_tree
+from hd_jax.drafters.candidates import SOURCE_NAMES
+from hd_jax.drafters.hd_tree import hd_tree
 from hd_jax.drafters.text_index import LONG_KEY, MAX_MATCH, RING, recent
 
 
