@@ -75,7 +75,7 @@ def load(
     config, params = weights.load(folder, dtype, mesh)
     config = llama.for_devices(config, mesh)
     if mesh is None:  # A mesh splits each matrix by itself.
-        config, params = llama.fused(config, params)
+        config, params = weights.fused(config, params)
     tokenizer = tokenizers.load(folder)
     if max_context is not None and not 1 < max_context <= config.max_context:
         raise ValueError(f"max_context must be from 2 to {config.max_context}, the model's own, not {max_context}")

@@ -66,7 +66,7 @@ class ModelConfig:
     mlp_bias: bool = False
     use_qk_norm: bool = False
     is_feature_major: bool = False  # activations [E, B, T], cached keys [B, K, D, S]: `llama.for_devices` says where
-    is_fused: bool = False  # one matrix for queries, keys and values, and one for gate and up: `llama.fused` makes them
+    is_fused: bool = False  # one matrix for queries, keys and values, and one for gate and up: `weights.fused` makes them
     dtype: str = "float32"  # of the parameters, the activations and the cache; norms, softmax and logits are float32
 
     @property

@@ -84,8 +84,11 @@ def attend(
         interpret=interpret,
         name="tree_attention",
     )(q.reshape(num_rows, num_tokens, num_groups, group_size, head_dim), *new, self_mask, *cached, cache_lengths)
-    scale = jnp.exp(peaks - jnp.max(peaks, axis=0))
-    out = jnp.sum(sums * scale[..., None], axis=0) / jnp.sum(totals * scale, axis=0)[..., None]
+    # The splits joined one by one, not by reductions: so XLA makes one kernel of it all.
+    highest = functools.reduce(jnp.maximum, peaks)
+    scales = [jnp.exp(peak - highest)[..., None] for peak in peaks]
+    total = sum(each[..., None] * scale for each, scale in zip(totals, scales, strict=True))
+    out = sum(each * scale for each, scale in zip(sums, scales, strict=True)) / total
     return out.reshape(num_rows, num_tokens, num_heads, head_dim)
 
 

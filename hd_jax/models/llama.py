@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from hd_jax import sharding
-from hd_jax.models import gpu_attention, gpu_cache
+from hd_jax.models import gpu_attention, gpu_cache, gpu_norm
 from hd_jax.models.config import ModelConfig, RopeConfig
 
 # Accelerators would otherwise round float32 operands to TF32 or bfloat16; bfloat16 operands are not affected.
@@ -319,9 +319,34 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.ones, (x.shape[self.axis],), self.dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=self.axis, keepdims=True) + self.eps)
-        return _along(weight, self.axis, x.ndim) * wide.astype(x.dtype)
+        return _normalized(x, weight, self.eps, self.axis)
+
+
+class ResidualNorm(nn.Module):
+    """What a block adds to hidden states x, taken in: the sum, and that normalised."""
+
+    eps: float
+    dtype: Any
+    axis: int
+    is_fused: bool  # as in the config; so it is on one device
+
+    @nn.compact
+    def __call__(self, x: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def by_operations(x, added, weight):
+            total = x + added
+            return total, _normalized(total, weight, self.eps, self.axis)
+
+        weight = self.param("weight", nn.initializers.ones, (x.shape[self.axis],), self.dtype)
+        if not self.is_fused or x.size > x.shape[-1]:  # several tokens, or feature-major
+            return by_operations(x, added, weight)
+        by_kernel = functools.partial(gpu_norm.add_and_normalize, eps=self.eps)
+        return jax.lax.platform_dependent(x, added, weight, cuda=by_kernel, default=by_operations)
+
+
+def _normalized(x: jax.Array, weight: jax.Array, eps: float, axis: int) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axis, keepdims=True) + eps)
+    return _along(weight, axis, x.ndim) * wide.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -382,16 +407,18 @@ class Layer(nn.Module):
     attend_fn: Callable[..., jax.Array] = attend
 
     @nn.compact
-    def __call__(self, x, *attention_args):
+    def __call__(self, x, added, *attention_args):
+        """Of hidden states and what the layer before adds to them: the sum, with the attention's output; what the MLP adds to
+        that; new keys and values."""
         c = self.config
 
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(c.rms_norm_eps, c.dtype, c.feature_axis, name=name)
+        def norm(name: str) -> ResidualNorm:
+            return ResidualNorm(c.rms_norm_eps, c.dtype, c.feature_axis, c.is_fused, name=name)
 
-        attention = Attention(c, self.multiply_fn, self.attend_fn, name="self_attn")
-        attended, new = attention(norm("input_layernorm")(x), *attention_args)
-        x = x + attended
-        return x + MLP(c, self.multiply_fn, name="mlp")(norm("post_attention_layernorm")(x)), new
+        x, normalized = norm("input_layernorm")(x, added)
+        attended, new = Attention(c, self.multiply_fn, self.attend_fn, name="self_attn")(normalized, *attention_args)
+        x, normalized = norm("post_attention_layernorm")(x, attended)
+        return x, MLP(c, self.multiply_fn, name="mlp")(normalized), new
 
 
 class Llama(nn.Module):
@@ -415,7 +442,7 @@ class Llama(nn.Module):
         if attend_fn is attend:
             attend_fn = functools.partial(attend, is_feature_major=c.is_feature_major, mesh=self.mesh)
         self.layers = [Layer(c, self.multiply_fn, attend_fn) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps, c.dtype, c.feature_axis)
+        self.norm = ResidualNorm(c.rms_norm_eps, c.dtype, c.feature_axis, c.is_fused)
         self.lm_head = self.embed_tokens if c.is_head_tied else self.param("lm_head", init, shape, c.dtype)
 
     def hidden(
@@ -452,13 +479,14 @@ class Llama(nn.Module):
         by_rows, by_heads = sharding.by_rows(self.mesh), cache_sharding(c, self.mesh)
         embedded = sharding.constrain(jnp.take(self.embed_tokens, tokens, axis=0), by_rows)
         x = jnp.moveaxis(embedded, -1, c.feature_axis)
+        added = jnp.zeros_like(x)
         rows = []
         for index, layer in enumerate(self.layers):
             cached = None if cache is None else sharding.constrain(cache[index], by_heads)
-            x, new = layer(x, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype)
-            x = sharding.constrain(x, by_rows)
+            x, added, new = layer(x, added, cos, sin, self_mask, cached, cache_lengths, accumulate_dtype)
+            x, added = sharding.constrain((x, added), by_rows)
             rows.append(sharding.constrain(new, by_heads))
-        return self.norm(x), tuple(rows)
+        return self.norm(x, added)[1], tuple(rows)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32[B, T, V], of what `hidden` returns."""
@@ -471,26 +499,3 @@ class Llama(nn.Module):
         """Logits float32[B, T, V] and the new tokens' keys and values; see `hidden` for the arguments."""
         hidden, rows = self.hidden(*args, **kwargs)
         return self.head(hidden), rows
-
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def fused(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
-    """The model with one product in place of the two or three that take the same input: fewer and larger ones are faster.
-
-    The arrays that are joined are deleted, layer by layer, so that the model is never held twice.
-    """
-
-    def join(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        tree = {name: join(branch) for name, branch in tree.items()}
-        for name, parts in FUSED.items():
-            if parts[0] in tree:
-                pieces = [tree.pop(part) for part in parts]
-                tree[name] = jax.block_until_ready(jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *pieces))
-                jax.tree.map(lambda array: array.delete(), pieces)
-        return tree
-
-    return dataclasses.replace(config, is_fused=True), join(params)

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import shapes, step_cost
 from hd_jax import decode
-from hd_jax.models import llama
+from hd_jax.models import llama, weights
 from hd_jax.models import tokenizer as tokenizers
 
 
@@ -47,7 +47,7 @@ def test_a_shape_has_its_sizes(shape, num_parameters):
 
 def test_joined_products_give_the_same_logits(lm):
     # A copy, whose parts may be deleted.
-    config, params = llama.fused(lm.config, jax.tree.map(lambda x: x + 0, lm.params))
+    config, params = weights.fused(lm.config, jax.tree.map(lambda x: x + 0, lm.params))
     tokens = jax.numpy.arange(6)[None]
     arguments = (tokens, tokens, jax.numpy.tril(jax.numpy.ones((1, 6, 6), bool)))
     expected, _ = lm.model.apply({"params": lm.params}, *arguments)
