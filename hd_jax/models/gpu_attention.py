@@ -85,10 +85,9 @@ def attend(
         name="tree_attention",
     )(q.reshape(num_rows, num_tokens, num_groups, group_size, head_dim), *new, self_mask, *cached, cache_lengths)
     # The splits joined one by one, not by reductions: so XLA makes one kernel of it all.
-    highest = functools.reduce(jnp.maximum, peaks)
-    scales = [jnp.exp(peak - highest)[..., None] for peak in peaks]
-    total = sum(each[..., None] * scale for each, scale in zip(totals, scales, strict=True))
-    out = sum(each * scale for each, scale in zip(sums, scales, strict=True)) / total
+    scales = jnp.exp(peaks - functools.reduce(jnp.maximum, peaks))
+    added = functools.partial(functools.reduce, jnp.add)
+    out = added(sums * scales[..., None]) / added(totals * scales)[..., None]
     return out.reshape(num_rows, num_tokens, num_heads, head_dim)
 
 
