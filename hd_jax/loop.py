@@ -404,14 +404,13 @@ def step(
         budget=None if state.budget is None else budget.advance(state.budget, settings.sizes, tokens, lengths),
     )
 
-    tree = jax.tree.map(lambda x: x[:, : drafter.num_nodes], tree)  # without the places that exact mode adds
     feedback = Feedback(
-        tree=jax.vmap(draft_tree.padded, in_axes=(0, None))(tree, drafter.num_nodes),
-        targets=_fit(verified.targets, drafter.num_nodes, 1, NO_TOKEN),
-        argmax=_fit(verified.argmax, drafter.num_nodes, 1, NO_TOKEN),
-        top_tokens=_fit(verified.top_tokens, drafter.num_nodes, 1, NO_TOKEN),
-        top_logits=_fit(verified.top_logits, drafter.num_nodes, 1),
-        path=_fit(verified.nodes, drafter.max_depth + 1, 1, NO_NODE),
+        tree=jax.tree.map(lambda x: x[:, : drafter.num_nodes], tree),  # without the places that exact mode adds
+        targets=verified.targets,
+        argmax=verified.argmax,
+        top_tokens=verified.top_tokens,
+        top_logits=verified.top_logits,
+        path=verified.nodes,
         num_appended=num_appended,
     )
     update = jax.named_scope("learn")(sharding.over_rows(drafter.update, None if model is None else model.mesh))

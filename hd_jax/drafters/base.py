@@ -59,6 +59,9 @@ class Context(NamedTuple):
 class Feedback(NamedTuple):
     """What one step told a row. The context that comes with it is the one after the step.
 
+    Of a step with a draft, N and P are the drafter's, num_nodes and max_depth + 1. An adaptive budget takes steps without one:
+    of these both are 1, since the root is all there is; so take them from the arrays.
+
     What is not known is NO_TOKEN, in `targets`, `argmax` and `top_tokens`: at places beyond an adaptive budget's pass, and in a
     replay off the recorded text. What unused places of the tree hold has no meaning. To write a table from several nodes, let
     each index be written once: of equal indices a scatter takes any.
@@ -69,7 +72,7 @@ class Feedback(NamedTuple):
     argmax: jax.Array  # int32[N], the likeliest token after every node; equal to targets when decoding is greedy
     top_tokens: jax.Array  # int32[N, k], k = Drafter.num_top_logits, best first
     top_logits: jax.Array  # float32[N, k], before temperature
-    path: jax.Array  # int32[P], P = max_depth + 1: accepted nodes by depth, root first, then NO_NODE
+    path: jax.Array  # int32[P], accepted nodes by depth, root first, then NO_NODE
     num_appended: jax.Array  # int32[], tokens the step appended, at most P; 0 for a row that had ended before
 
     def pairs(self, context: Context) -> jax.Array:
@@ -132,7 +135,8 @@ class Drafter:
       init: (tables, context) -> state, when a request starts; the context is the prompt, whose last token is the first root.
       update: (tables, state, context, feedback) -> state, after every step; after one that verified no draft, the feedback's
         tree and path are the root alone, so rates of what was verified stand still. The step's tokens are the last
-        `feedback.num_appended` of the context: context.tokens[length - num_appended : length].
+        `feedback.num_appended` of the context: context.tokens[length - num_appended : length]. It is compiled twice where
+        a budget is adaptive, with the Feedback of either kind of step.
       renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last
         request; its shapes must not depend on S. None for a method that starts every request afresh.
       refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each step; `draft` finds

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hd_jax import draft_tree
-from hd_jax.draft_tree import NO_SOURCE, DraftTree
+from hd_jax.draft_tree import NO_SOURCE, NO_TOKEN, DraftTree
 from hd_jax.drafters.base import Context, Feedback
 
 
@@ -62,6 +62,9 @@ def advance(window: jax.Array, feedback: Feedback) -> tuple[jax.Array, jax.Array
       The next window, the n-grams int32[W, n] of this one, and bool[], whether its nodes were verified. If they were not, the
       n-grams have no meaning, and the next window is this one.
     """
+    if feedback.tree.tokens.shape[0] < window.size:  # the root alone
+        rows, width = window.shape
+        return window, jnp.full((width, rows + 1), NO_TOKEN), jnp.bool_(False)
     cells = np.concatenate([[draft_tree.ROOT_INDEX], np.arange(-(window.size - 1), 0)]).reshape(window.shape)  # node of each
     bottom = feedback.argmax[cells[-1]]  # after the window's last row
     columns = window.at[0, 0].set(feedback.tree.tokens[draft_tree.ROOT_INDEX])
