@@ -239,8 +239,12 @@ def run(
             return admission.with_budget(new, settings, costs, drafter.num_nodes)
         return admission.admit(lm.model, state, new, sharding.put(jnp.asarray(places, jnp.int32), by_rows))
 
+    found: Any = None  # what the host looked up last
+
     def arguments(request: loop.Request, state: loop.State, max_steps: int, min_rows: int) -> tuple:
-        found = loop.refresh(drafter, request, state)
+        nonlocal found
+        if found is None or state.budget is None or state.budget.is_drafting:
+            found = loop.refresh(drafter, request, state)
         host = found if mesh is None else sharding.put(found, by_rows)  # a program takes arrays of the host sooner than `put`
         return lm.model, settings, lm.params, drafter, request, host, state, np.int32(max_steps), np.int32(min_rows)
 
