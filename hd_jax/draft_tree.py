@@ -79,7 +79,7 @@ def merge(root: jax.Array, drafts: jax.Array, lengths: jax.Array, sources: jax.A
     parents = jnp.concatenate([jnp.zeros((num_drafts, 1), index.dtype), index[:, :-1]], axis=1)
     # Each node's place among the drafts' tokens, or -1: found by comparing all with all, one operation for three scatters.
     is_it = is_new.reshape(-1) & (index.reshape(-1) == jnp.arange(num_nodes)[:, None])
-    place = jnp.max(jnp.where(is_it, jnp.arange(drafts.size), -1), axis=1, initial=-1)
+    place = jnp.max(jnp.where(is_it, jnp.arange(drafts.size), -1), axis=1)
     tree = root_only(root, num_nodes)
     sources = jnp.broadcast_to(sources[:, None], drafts.shape)
     put = lambda array, values: jnp.where(place >= 0, values.reshape(-1)[place], array)  # noqa: E731

@@ -99,7 +99,7 @@ class _Verified(NamedTuple):
     argmax: jax.Array  # int32[B, N]
     top_tokens: jax.Array  # int32[B, N, k]
     top_logits: jax.Array  # float32[B, N, k]
-    nodes: jax.Array  # int32[B, P], the accepted path, root first, then NO_NODE; P = max_depth + 1
+    nodes: jax.Array  # int32[B, P], the accepted path, root first, then NO_NODE; P at most max_depth + 1
     num_accepted: jax.Array  # int32[B], of them, the root not counted
     appended: jax.Array  # int32[B, P], the targets along the path
     rows: Cache  # [B, K, places of the tree, D] a layer

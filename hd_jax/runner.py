@@ -243,7 +243,7 @@ def run(
 
     def arguments(request: loop.Request, state: loop.State, max_steps: int, min_rows: int) -> tuple:
         nonlocal found
-        if found is None or state.budget is None or state.budget.is_drafting:
+        if found is None or (drafter.refresh is not None and (state.budget is None or state.budget.is_drafting)):
             found = loop.refresh(drafter, request, state)
         host = found if mesh is None else sharding.put(found, by_rows)  # a program takes arrays of the host sooner than `put`
         return lm.model, settings, lm.params, drafter, request, host, state, np.int32(max_steps), np.int32(min_rows)

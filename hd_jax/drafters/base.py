@@ -59,8 +59,8 @@ class Context(NamedTuple):
 class Feedback(NamedTuple):
     """What one step told a row. The context that comes with it is the one after the step.
 
-    Of a step with a draft, N and P are the drafter's, num_nodes and max_depth + 1. An adaptive budget takes steps without one:
-    of these both are 1, since the root is all there is; so take them from the arrays.
+    N is the drafter's num_nodes, and P at most its max_depth + 1. An adaptive budget takes steps that verify the root alone: of
+    these both are 1. So take them from the arrays.
 
     What is not known is NO_TOKEN, in `targets`, `argmax` and `top_tokens`: at places beyond an adaptive budget's pass, and in a
     replay off the recorded text. What unused places of the tree hold has no meaning. To write a table from several nodes, let
@@ -139,10 +139,10 @@ class Drafter:
         a budget is adaptive, with the Feedback of either kind of step.
       renew: (tables, state, context) -> state, in place of `init` when a session passes on the state of its last
         request; its shapes must not depend on S. None for a method that starts every request afresh.
-      refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each step; `draft` finds
-        the result in `context.host`. For databases that are too large for the device, or to draft in plain Python: return
-        a HostTree here, with `draft_from_host` as `draft`. A dispatch is one step then, whatever `loop` is; with an adaptive
-        budget, one draft and the steps without one that follow it. None for a method that needs no host.
+      refresh: context -> pytree of fixed shapes, on the host with numpy arrays of one row, before each step that drafts;
+        `draft` finds the result in `context.host`. For databases that are too large for the device, or to draft in plain
+        Python: return a HostTree here, with `draft_from_host` as `draft`. A dispatch is one step then, whatever `loop` is;
+        with an adaptive budget, a draft at most and the steps without one behind it. None for a method that needs no host.
       num_top_logits: k of the feedback's top logits; 0 for none.
       tables: read-only arrays for the device.
 

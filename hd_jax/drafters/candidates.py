@@ -38,6 +38,8 @@ HIT_BOUNDS = (1, 3, 6, 10)  # shortest matches of the context's classes
 SOURCE_NAMES = ("context 1-2", "context 3-5", "context 6-9", "context 10+", "model", "statistics", "recycled")
 NUM_OWN_FEATURES = len(MATCH_LENGTHS) + 2 + len(TOKEN_CLASSES) + 3 + 1  # of a candidate alone; the others are its text's
 NUM_SUCCESSORS = 24  # of a context in the tables
+PLACE_BITS = 24  # of a place in the text, in a word whose upper bits hold a match's length
+NEWEST_PLACE = (1 << PLACE_BITS) - 1  # that is told apart
 # The databases of "m" and "s", and how their successor tables are made.
 TABLES = {
     "m": ("model_text", {"num_successors": NUM_SUCCESSORS, "min_count": 1, "max_bytes": 256 * 2**20}),
@@ -104,9 +106,9 @@ def weights(sources: str) -> dict[str, jax.Array]:
 
 def root_level(index: TextIndex) -> Level:
     """The level before the first: the last token of the text, which has one place."""
-    one = jnp.zeros((1, 1), jnp.int32)
+    nothing = jnp.zeros((1, 1), jnp.int32)
     suffixes, tokens = text_index.recent(index, 1)[None], text_index.recent(index)[None, -1:]
-    return Level(one[0], suffixes, tokens, jnp.zeros((1, 1)), one, one, one)
+    return Level(nothing[0], suffixes, tokens, jnp.zeros((1, 1)), nothing, nothing, nothing)
 
 
 def expand(
@@ -119,7 +121,10 @@ def expand(
     max_match: int,
     num_successors: int,
 ) -> tuple[Level, jax.Array]:
-    """The level after another: what may follow the `width` likeliest of its nodes; and bool[Q I], which of them are left."""
+    """The level after another: what may follow the `width` likeliest of its nodes; and bool[], which of all its nodes are left.
+
+    Fewer than `width` may hold candidates; texts that end with a place that holds none have none.
+    """
     earlier = before.scores.reshape(-1)
     base, chosen = ranking.top_k(earlier, width)
     shifted = before.suffixes[chosen // before.scores.shape[1], 1:]
@@ -130,7 +135,7 @@ def expand(
         estimates = recycled_rows.mixed(state.recycled, found.recycled, found.classes, estimates, found.recycled_sums)
     scores = jnp.where(found.is_candidate, base[:, None] + estimates, -jnp.inf)
     level = Level(chosen, suffixes, found.tokens, scores, found.matches, found.places, found.sources)
-    return level, earlier < jnp.min(base)  # not base[-1], for which XLA would sort all scores
+    return level, jnp.all(jnp.arange(earlier.size) != chosen[:, None], axis=0)
 
 
 def candidates(
@@ -170,9 +175,9 @@ def candidates(
     words = jnp.sum(jnp.where(of_context[:, :, None], words, 0), axis=-1)  # [Q, I, 2]
     counts = (words[..., None] >> shifts & (1 << COUNT_BITS) - 1).reshape(*tokens.shape, -1)  # [Q, I, 8]
     totals = jnp.sum(reaches, axis=-1).reshape(num_texts, -1).astype(jnp.float32)  # [Q, 8]
-    rank = matches * (1 << 24) + places % (1 << 24)  # 16 million places: by the match's length, then the latest
+    rank = matches << PLACE_BITS | places & NEWEST_PLACE  # by the match's length, then the latest
     best = jnp.max(jnp.where(of_context, rank[:, None, :], -1), axis=-1, initial=-1)  # [Q, I]
-    longest = jnp.where(best >= 0, best >> 24, 0)
+    longest = jnp.where(best >= 0, best >> PLACE_BITS, 0)
     is_known = words[..., 0] >> COUNT_BITS * COUNTS_A_WORD > 0
 
     # And the tables and rows, each of which lists a token once.
@@ -222,7 +227,8 @@ def candidates(
             other_source = jnp.where(probabilities[letter] > 0, SOURCE_NAMES.index(name), other_source)
     best_match = jnp.max(rank, axis=-1, initial=-1)
     favorite = jnp.max(jnp.where(rank == best_match[:, None], following, NO_TOKEN), axis=-1, initial=NO_TOKEN)
-    match_classes = jnp.where(best_match >> 24 > 0, jnp.asarray(kinds)[jnp.maximum(best_match, 0) >> 24] + 1, 0)
+    best_length = jnp.maximum(best_match, 0) >> PLACE_BITS
+    match_classes = jnp.where(best_length > 0, jnp.asarray(kinds)[best_length] + 1, 0)
     is_of_kind = match_classes[:, None] == jnp.arange(1, len(HIT_BOUNDS) + 1)
     favorites = [jnp.where(is_of_kind, favorite[:, None], NO_TOKEN)]
     favorites += [answers.tokens[:, asked.index(letter), :1] if letter in asked else no_token for letter in TABLES]
@@ -230,7 +236,7 @@ def candidates(
         tokens=tokens,
         is_candidate=is_candidate,
         matches=longest,
-        places=best % (1 << 24),
+        places=best & NEWEST_PLACE,
         sources=jnp.where(longest > 0, jnp.asarray(kinds)[longest], other_source),
         features=features,
         fixed=_by_hierarchy(counts, totals, probabilities, is_candidate),

@@ -1,7 +1,8 @@
 """What `hd_tree`'s sources propose, on a GPU: one Pallas kernel in place of the operations of candidates.py.
 
-As operations of XLA, a level of the tree is some twelve kernels of little work, each of which takes the time of being started.
-Here a program looks up, merges and judges the candidates of one text; a lane is a place for a candidate.
+As operations of XLA, a level of the tree is 17 kernels of little work, each of which takes the time of being started. Here
+one ranks the nodes of the level before, and in another each program takes the node of its rank and looks up, merges and judges
+what may follow; a lane is a place for a candidate. What features are multiplied by stands in candidates.py too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.experimental.pallas import triton
 
 from hd_jax import ranking
 from hd_jax.databases import successor_table
-from hd_jax.databases.successor_table import PLACE_BITS, SuccessorTable
+from hd_jax.databases.successor_table import SuccessorTable
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters import text_index
 from hd_jax.drafters.base import Context
@@ -26,7 +27,9 @@ from hd_jax.drafters.candidates import (
     COUNTS_A_WORD,
     HIT_BOUNDS,
     MATCH_LENGTHS,
+    NEWEST_PLACE,
     NUM_OWN_FEATURES,
+    PLACE_BITS,
     SOURCE_NAMES,
     TABLES,
     Level,
@@ -37,7 +40,6 @@ from hd_jax.drafters.text_index import LONG_KEY, MAX_MATCH, NUM_BUCKETS, RING, T
 from hd_jax.models.tokenizer import TOKEN_CLASSES
 
 NUM_MATCHES = 2 * RING
-PLACES = 1 << 24  # places of a text that are told apart
 
 
 def expand(
@@ -56,8 +58,8 @@ def expand(
     net, table = tables["weights"], tables.get("successors")
     letters = [letter for letter in TABLES if letter in sources]
     num_matches = NUM_MATCHES if "c" in sources else 0
-    size = min(num_successors, table.num_successors) if table is not None else 0
-    num_places = num_matches + len(letters) * size + 1
+    num_listed = min(num_successors, table.num_successors) if table is not None else 0
+    num_places = num_matches + len(letters) * num_listed + 1
     facts = jnp.concatenate([text_sizes(context), state.hit_rates])
     of_all = net["bias"] + facts @ net["features"][-facts.shape[0] :]  # what every candidate of every text has
     ranks = ranking.ranks(before.scores.reshape(-1))
@@ -66,7 +68,7 @@ def expand(
     widths = (1, MAX_MATCH, *[num_places] * 5)  # of Level's arrays
     dtypes = [jnp.float32 if name == "scores" else jnp.int32 for name in Level._fields]
     found = pl.pallas_call(
-        functools.partial(_kernel, num_matches, max_match, letters, size),
+        functools.partial(_kernel, num_matches, max_match, letters, num_listed),
         grid=(width,),
         in_specs=jax.tree.map(lambda _: pl.BlockSpec(), arrays),
         out_specs=[pl.BlockSpec((None, size), lambda q: (q, 0)) for size in widths],
@@ -97,8 +99,8 @@ def _kernel(
     out = Level(*out_refs)
     # This text: that of the node which stands at this program's rank.
     num_before = ranks_ref.shape[0]
-    numbers = jnp.minimum(jnp.arange(pl.next_power_of_2(num_before)), num_before - 1)
-    chosen = jnp.max(jnp.where(ranks_ref[numbers] == pl.program_id(0), numbers, 0))
+    nodes = jnp.minimum(jnp.arange(pl.next_power_of_2(num_before)), num_before - 1)
+    chosen = jnp.max(jnp.where(ranks_ref[nodes] == pl.program_id(0), nodes, 0))
     row, place = chosen // before.tokens.shape[1], chosen % before.tokens.shape[1]
     base = before.scores[row, place]
     newest = before.tokens[row, place]
@@ -116,10 +118,10 @@ def _kernel(
         following, places, lengths = _matches(index, token_at, newest_first, num_seen_ref[0], max_match)
     else:
         following, places, lengths = jnp.full(RING, NO_TOKEN), jnp.zeros(RING, jnp.int32), jnp.zeros(RING, jnp.int32)
-    ranks = jnp.arange(following.shape[0])
+    match_places = jnp.arange(following.shape[0])
 
     # Each lane's token.
-    tokens = jnp.max(jnp.where(lanes[:, None] == ranks, following, NO_TOKEN), axis=1)
+    tokens = jnp.max(jnp.where(lanes[:, None] == match_places, following, NO_TOKEN), axis=1)
     lists = _lists(table, newest_first, num_successors) if letters else []
     for which, (start, end, *_) in enumerate(lists):
         entries = start + lanes - num_matches - which * num_successors
@@ -129,9 +131,9 @@ def _kernel(
     # What the context says of it, counts in words; its longest match and the latest place of that.
     of_context = tokens[:, None] == following
     totals, counts = _counts(of_context, lengths)
-    is_known = jnp.max(jnp.where(of_context & (ranks < lanes[:, None]), 1, 0), axis=1) > 0
-    best = jnp.max(jnp.where(of_context, lengths * PLACES + places % PLACES, -1), axis=1)
-    longest = jnp.where(best >= 0, best // PLACES, 0)
+    is_known = jnp.max(jnp.where(of_context & (match_places < lanes[:, None]), 1, 0), axis=1) > 0
+    best = jnp.max(jnp.where(of_context, lengths << PLACE_BITS | places & NEWEST_PLACE, -1), axis=1)
+    longest = jnp.where(best >= 0, best >> PLACE_BITS, 0)
 
     # What the tables say.
     probabilities = {}
@@ -186,7 +188,7 @@ def _kernel(
     out.tokens[lanes] = tokens
     out.scores[lanes] = jnp.where(is_candidate, base + estimates, -jnp.inf)
     out.matches[lanes] = longest
-    out.places[lanes] = best % PLACES
+    out.places[lanes] = best & NEWEST_PLACE
     out.sources[lanes] = jnp.where(longest > 0, kinds, sources)
 
 
@@ -249,9 +251,9 @@ def _lists(table: SuccessorTable, newest_first: list[jax.Array], num_successors:
         places = start[:, None] + jnp.arange(pl.next_power_of_2(table.bucket_width))
         is_asked = (places < end[:, None]) & (orders < table.max_order)[:, None]
         is_found = is_asked & (table.fingerprints[jnp.where(is_asked, places, 0)] == fingerprints[:, None])
-        longest = jnp.max(jnp.where(is_found, (orders + 1)[:, None] << PLACE_BITS | places, 0))
-        order, context = longest >> PLACE_BITS, longest & (1 << PLACE_BITS) - 1
-        start, end = table.entry_starts[context], table.entry_starts[context + 1]
+        longest = jnp.max(jnp.where(is_found, (orders + 1)[:, None] << successor_table.PLACE_BITS | places, 0))
+        order, context = longest >> successor_table.PLACE_BITS, longest & (1 << successor_table.PLACE_BITS) - 1
+        start, end = table.entry_starts[context], table.entry_starts[jnp.where(order > 0, context + 1, 0)]
         end = jnp.where(order > 0, jnp.minimum(end, start + num_successors), start)
         found.append((start, end, order, jnp.where(order > 0, table.counts[context], 0)))
     return found

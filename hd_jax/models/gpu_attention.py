@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton
 SLOTS = 64  # of a cache, that a program takes at a time
 MIN_SIDE = 16  # of a matrix product
 MAX_ROWS = 64  # of a program
+MAX_UNROLLED = 8  # splits whose sums are joined by so many operations in place of reductions
 NUM_PROGRAMS = 256  # about so many where they have 16 rows, and half as many where they have more, which are longer to join
 
 
@@ -84,9 +85,11 @@ def attend(
         interpret=interpret,
         name="tree_attention",
     )(q.reshape(num_rows, num_tokens, num_groups, group_size, head_dim), *new, self_mask, *cached, cache_lengths)
-    # The splits joined one by one, not by reductions: so XLA makes one kernel of it all.
-    scales = jnp.exp(peaks - functools.reduce(jnp.maximum, peaks))
-    added = functools.partial(functools.reduce, jnp.add)
+    if num_splits <= MAX_UNROLLED:  # one by one: of one token, XLA makes one kernel of it all
+        highest, added = functools.reduce(jnp.maximum, peaks), functools.partial(functools.reduce, jnp.add)
+    else:
+        highest, added = jnp.max(peaks, axis=0), functools.partial(jnp.sum, axis=0)
+    scales = jnp.exp(peaks - highest)
     out = added(sums * scales[..., None]) / added(totals * scales)[..., None]
     return out.reshape(num_rows, num_tokens, num_heads, head_dim)
 

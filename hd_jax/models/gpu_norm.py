@@ -1,6 +1,6 @@
 """A residual sum and its normalisation, of one token on a GPU: one Pallas kernel.
 
-XLA makes one kernel of the norms of several tokens, but of a single one's two, 64 more in a plain step of a 7B model.
+XLA makes one kernel of the norm of several tokens, but two of a single one's: some 60 more in a plain step of a 7B model.
 """
 
 from __future__ import annotations
