@@ -17,20 +17,27 @@ from hd_jax.drafters.candidates import SUBSETS, Level
 from hd_jax.drafters.hd_tree import hd_tree
 
 
-def _rows(sources: str) -> list[Row]:
-    """Two texts, one of which has just begun."""
+def _rows(sources: str, history: int = 8192, lengths: tuple[int, int] = (3, 40)) -> list[Row]:
+    """Two texts, by default one that has just begun and a longer one."""
     rng = np.random.default_rng(1)
-    drafter = hd_tree(databases(), sources=sources)
-    rows = [Row(drafter, random_tokens(rng, length)) for length in (3, 40)]
+    drafter = hd_tree(databases(), sources=sources, history=history)
+    rows = [Row(drafter, random_tokens(rng, length)) for length in lengths]
     for row in rows:
         for size in (5, 4):
             row.append(random_tokens(rng, size))
     return rows
 
 
-@pytest.mark.parametrize(("sources", "max_match"), [*((sources, 16) for sources in SUBSETS), ("cms", 2)])
-def test_the_kernel_finds_what_the_operations_find(sources, max_match):
-    rows = _rows(sources)
+@pytest.mark.parametrize(
+    ("sources", "max_match", "texts"),
+    [
+        *((sources, 16, ()) for sources in SUBSETS),
+        ("cms", 2, ()),
+        ("c", 16, (64, (61, 200))),  # the ring is full, and has gone round twice
+    ],
+)
+def test_the_kernel_finds_what_the_operations_find(sources, max_match, texts):
+    rows = _rows(sources, *texts)
     state, context = (
         jax.tree.map(lambda *x: jnp.stack(x), *parts) for parts in zip(*[(r.state, r.context) for r in rows], strict=True)
     )
@@ -59,6 +66,17 @@ def test_the_kernel_finds_what_the_operations_find(sources, max_match):
         for name in ("tokens", "matches", "places", "sources"):
             np.testing.assert_array_equal(getattr(found, name)[is_one], getattr(level, name)[is_one], name)
     assert num_left
+
+
+def test_of_equals_the_first_is_expanded_and_the_others_are_left():
+    row, _ = _rows("c")
+    places = jnp.zeros((1, 3), jnp.int32)
+    root = candidates.root_level(row.state.seen)
+    before = Level(root.chosen, root.suffixes, jnp.arange(3)[None], jnp.array([[-1.0, -1.0, -2.0]]), places, places, places)
+    for expand in (candidates.expand, functools.partial(gpu_candidates.expand, interpret=True)):
+        level, is_left = expand(row.drafter.tables, row.state, row.context, before, 1, "c", 16, 2)
+        assert (level.chosen.tolist(), level.suffixes[0, -1]) == ([0], 0)
+        assert is_left.tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("sources", ["cms", "ms"])
