@@ -408,8 +408,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, added, *attention_args):
-        """Of hidden states and what the layer before adds to them: the sum, with the attention's output; what the MLP adds to
-        that; new keys and values."""
+        """The hidden states with `added` and the attention's output, what the MLP adds to these, and new keys and values."""
         c = self.config
 
         def norm(name: str) -> ResidualNorm:
