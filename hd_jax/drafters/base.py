@@ -60,11 +60,13 @@ class Feedback(NamedTuple):
     """What one step told a row. The context that comes with it is the one after the step.
 
     N is the drafter's num_nodes, and P at most its max_depth + 1. An adaptive budget takes steps that verify the root alone: of
-    these both are 1. So take them from the arrays.
+    these both are 1. So loop over `path.shape[0]` tokens and `targets.shape[0]` nodes: JAX clamps a constant that is too large
+    to the last place, and says nothing. Of the step's tokens the first follows the old root, context.tokens[length -
+    num_appended - 1].
 
     What is not known is NO_TOKEN, in `targets`, `argmax` and `top_tokens`: at places beyond an adaptive budget's pass, and in a
-    replay off the recorded text. What unused places of the tree hold has no meaning. To write a table from several nodes, let
-    each index be written once: of equal indices a scatter takes any.
+    replay off the recorded text. What unused places of the tree hold has no meaning. To write a table from several nodes or
+    tokens, let each index be written once, or write one after the other: of equal indices a scatter takes any.
     """
 
     tree: DraftTree  # that was verified; with an adaptive budget, places beyond the pass's size are unused
