@@ -155,8 +155,8 @@ def _functions(
         level, width = candidates.root_level(state.seen), 1
         for index in range(rounds):
             num_successors = NUM_LATER_SUCCESSORS if index else NUM_SUCCESSORS
-            width = min(width, level.scores.size)
-            level, is_left = _expand(tables, state, context, level, width, sources, max_match, num_successors)
+            settings = {"sources": sources, "max_match": max_match, "num_successors": num_successors}
+            level, is_left = _expand(tables, state, context, level, width=min(width, level.scores.size), **settings)
             if levels:
                 levels[-1]["open_scores"] = jnp.where(is_left, levels[-1]["open_scores"], -jnp.inf)
             parents = num_before + level.chosen if levels else jnp.full(1, NO_PARENT)
@@ -223,20 +223,10 @@ def learn(
     return State(text_index.append(state.seen, tokens, num_tokens), hit_rates, recycled)
 
 
-def _expand(
-    tables: dict[str, Any],
-    state: State,
-    context: Context,
-    before: Level,
-    width: int,
-    sources: str,
-    max_match: int,
-    num_successors: int,
-) -> tuple[Level, jax.Array]:
+def _expand(tables: dict[str, Any], state: State, context: Context, before: Level, **settings: Any) -> tuple[Level, jax.Array]:
     """`candidates.expand`, on an NVIDIA GPU by the kernel wherever the network alone estimates."""
-    settings = {"width": width, "sources": sources, "max_match": max_match, "num_successors": num_successors}
     by_operations = functools.partial(candidates.expand, **settings)
-    if "weights" not in tables or "r" in sources:
+    if "weights" not in tables or "r" in settings["sources"]:
         return by_operations(tables, state, context, before)
     by_kernel = functools.partial(gpu_candidates.expand, **settings)
     return jax.lax.platform_dependent(tables, state, context, before, cuda=by_kernel, default=by_operations)

@@ -86,9 +86,9 @@ def test_the_kernels_levels_make_the_same_tree(sources, monkeypatch):
     expected = drawn()
     calls = []
 
-    def expand(*args):
+    def expand(*args, **settings):
         calls.append(args)
-        return gpu_candidates.expand(*args, interpret=True)
+        return gpu_candidates.expand(*args, **settings, interpret=True)
 
     monkeypatch.setattr(sys.modules[hd_tree.__module__], "_expand", expand)
     found = drawn()
