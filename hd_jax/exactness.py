@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, loop, runner, sampling, sharding
+from hd_jax import draft_tree, prefill, runner, sampling, sharding
 from hd_jax.drafters.base import Context, Drafter
 from hd_jax.drafters.none import none
 from hd_jax.models.llama import Llama, empty_cache, write_rows
@@ -138,7 +138,7 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
     buffer[:, : len(text)] = text
     tokens = sharding.put(jnp.asarray(buffer), sharding.by_rows(mesh))
     cache = empty_cache(lm.config, num_parts, slots, mesh)
-    cache = loop.prefill(lm.model, lm.params, cache, tokens, 0, loop.prefill_chunks(len(prompt) - 1))
+    cache = prefill.read(lm.model, lm.params, cache, tokens, 0, prefill.chunks_of(len(prompt) - 1))
     span = (jnp.int32(len(prompt) - 1), jnp.int32(len(text)))
     part_size = -(-num_rows // num_parts)
     return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, *span, width=width, part_size=part_size))

@@ -1,4 +1,4 @@
-"""Prefill, the decoding step, and the `lax.while_loop` around it. There is one step; plain decoding is its tree of one node.
+"""The decoding step, and the `lax.while_loop` around it. There is one step; plain decoding is its tree of one node.
 
 A worked step, with the text "a b c" committed, the root c at position 2, and nothing else of c in the cache:
 
@@ -23,7 +23,6 @@ drafted or the draft is not worth it, is plain decoding's, but for what drafter 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,10 +35,6 @@ from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models import llama
 from hd_jax.models.llama import Cache, Llama
 from hd_jax.sampling import Sampling, SamplingMode
-
-# Tokens of a prompt that a pass may read, the largest first: so many that its products are fast, or so few that little of a
-# short prompt's pass is in vain.
-PREFILL_CHUNKS = {"cpu": (256, 64), "default": (256,)}
 
 
 class StepSettings(NamedTuple):
@@ -106,7 +101,7 @@ class _Verified(NamedTuple):
     logprobs: Logprobs | None  # [B, P], of the appended tokens
 
 
-def _apply(model: Llama, params: Any, inputs: tuple, is_exact: bool, method: str | None = None) -> Any:
+def apply(model: Llama, params: Any, inputs: tuple, is_exact: bool, method: str | None = None) -> Any:
     """A pass of the model; in exact mode with attention sums in float64, and nothing fused across its edge."""
     if not is_exact:
         return model.apply({"params": params}, *inputs, method=method)
@@ -114,85 +109,6 @@ def _apply(model: Llama, params: Any, inputs: tuple, is_exact: bool, method: str
     with jax.enable_x64(True):
         out = model.apply({"params": params}, *inputs, accumulate_dtype=jnp.float64, method=method)
     return jax.lax.optimization_barrier(out)
-
-
-def chunk_sizes() -> tuple[int, ...]:
-    """PREFILL_CHUNKS of this process's devices."""
-    return PREFILL_CHUNKS.get(jax.default_backend(), PREFILL_CHUNKS["default"])
-
-
-def prefill_chunks(num_tokens: int, is_exact: bool = False) -> list[tuple[int, int]]:
-    """The passes that read so many tokens of a prompt, (size, how often) in their order; less than the smallest size in vain.
-
-    Exact mode has the smallest size alone: bits depend on the size, and it would depend on the rows that are read together.
-    """
-    sizes = chunk_sizes()
-    smallest, chunks = sizes[-1], []
-    for size in (smallest,) if is_exact else sizes:
-        count = (num_tokens + smallest - 1) // size
-        num_tokens = max(num_tokens - count * size, 0)
-        chunks += [(size, count)] if count else []
-    return chunks
-
-
-def prefill(
-    model: Llama,
-    params: Any,
-    cache: Cache,
-    tokens: jax.Array,
-    first: int,
-    chunks: Sequence[tuple[int, int]],
-    is_exact: bool = False,
-) -> Cache:
-    """Fills the cache (donated) with chunks of tokens from slot `first` on, all rows alike.
-
-    Args:
-      model: of which `params` are.
-      params: of the model.
-      cache: S slots, of which those below `first` are filled.
-      tokens: int32[B, S].
-      first: slot to fill first.
-      chunks: as `prefill_chunks` gives them; they must end within S. A size that comes 0 times is compiled, and does nothing.
-      is_exact: attention sums in float64, so that they do not depend on S.
-
-    Returns:
-      The cache. Slots of a chunk beyond a row's prompt hold garbage that decoding overwrites before it reads it.
-    """
-    for size, count in chunks:
-        span = jnp.int32(first), jnp.int32(count)
-        cache = prefill_alike(model, params, cache, tokens, *span, chunk_size=size, is_exact=is_exact)
-        first += size * count
-    return cache
-
-
-@functools.partial(jax.jit, static_argnames=("model", "chunk_size", "is_exact"), donate_argnames="cache")
-def prefill_alike(
-    model: Llama,
-    params: Any,
-    cache: Cache,
-    tokens: jax.Array,
-    first: jax.Array,
-    num_chunks: jax.Array,
-    *,
-    chunk_size: int,
-    is_exact: bool = False,
-) -> Cache:
-    """As `prefill`, with `num_chunks` chunks of one static size."""
-    mask = jnp.tril(jnp.ones((1, chunk_size, chunk_size), bool))
-    num_rows = tokens.shape[0]
-
-    def body(index: jax.Array, cache: Cache) -> Cache:
-        start = first + index * chunk_size
-        piece = jax.lax.dynamic_slice(tokens, (0, start), (num_rows, chunk_size))
-        positions = jnp.broadcast_to(start + jnp.arange(chunk_size), piece.shape)
-        starts = jnp.broadcast_to(start, num_rows)
-        hidden, rows = _apply(model, params, (piece, positions, mask, cache, starts), is_exact, method="hidden")
-        # No number is above infinity; but so the writing follows the last layer's reading, and the cache is not copied.
-        slots = jnp.where(jnp.max(hidden) > jnp.inf, 0, starts)
-        written = llama.write_rows(cache, rows, slots, model.config)
-        return sharding.constrain(written, llama.cache_sharding(model.config, model.mesh))
-
-    return jax.lax.fori_loop(0, num_chunks, body, cache)
 
 
 def _contexts(request: Request, state: State, host: Any) -> Context:
@@ -206,12 +122,12 @@ def verification_pass(model: Llama, params: Any, tree, ancestors, depths, state:
     """
     inputs = (tree.tokens, state.lengths[:, None] - 1 + depths, ancestors, state.cache, state.lengths - 1)
     if not is_exact:
-        return _apply(model, params, inputs, is_exact)
+        return apply(model, params, inputs, is_exact)
     num_rows, num_parts = state.lengths.size, sharding.num_row_parts(model.mesh)
 
     def one_a_part(index: jax.Array):
         rows = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:])[:, index], inputs)
-        return _apply(model, params, rows, is_exact)
+        return apply(model, params, rows, is_exact)
 
     out = jax.lax.map(one_a_part, jnp.arange(num_rows // num_parts))
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(num_rows, *x.shape[2:]), out)

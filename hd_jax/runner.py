@@ -6,14 +6,14 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import admission, budget, loop, sharding, step_costs
+from hd_jax import admission, budget, loop, prefill, sharding, step_costs
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
@@ -27,6 +27,8 @@ RESERVE = 128  # slots behind the last token of every cache, for a path, or for 
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
+
+_has_run: set[Hashable] = set()  # programs of steps that this process has dispatched
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,7 +149,7 @@ def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
 
 def num_slots(num_tokens: int) -> int:
     """S for texts of so many tokens: few sizes, so that few programs are compiled; the reserve is added."""
-    size, reserve = 256, max(RESERVE, loop.chunk_sizes()[-1])
+    size, reserve = 256, max(RESERVE, prefill.chunk_sizes()[-1])
     while size < num_tokens + reserve:
         size += max(256, 2 ** (size.bit_length() - 2))
     return size
@@ -229,7 +231,7 @@ def run(
         for row, text in zip(buffer, texts, strict=True):
             row[: len(text.row.prompt)] = text.row.prompt
         request, tokens = request_for(texts), sharding.put(jnp.asarray(buffer), by_rows)
-        cache = loop.prefill(lm.model, lm.params, cache, tokens, num_cached, chunks, is_exact=options.exact)
+        cache = prefill.read(lm.model, lm.params, cache, tokens, num_cached, chunks, is_exact=options.exact)
         drafter_state = admission.init_drafter(drafter, request, tokens, kept_drafter_state, mesh=mesh)
         return admission.start(drafter, request, cache, tokens, drafter_state, settings, mesh=mesh)
 
@@ -253,21 +255,22 @@ def run(
 
     texts = [_Text(row) for row in rows]
     filler, nowhere = texts[0], [part_size] * num_parts  # stands in free places, and for parts where no row is admitted
-    clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and does nothing yet.
+    clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and leaves nothing behind.
     request = request_for([filler] * num_places)
-    sizes_read = {size for row in rows for size, _ in loop.prefill_chunks(len(row.prompt) - 1 - num_cached, options.exact)}
+    sizes_read = {size for row in rows for size, _ in prefill.chunks_of(len(row.prompt) - 1 - num_cached, options.exact)}
     new = started(cache, [filler] * num_parts, [(size, 0) for size in sorted(sizes_read)])
     state = new if is_replaced else admission.widened(lm.model, new, part_size=part_size)
     state = admission.with_budget(state, settings, costs, drafter.num_nodes)
+    program = (lm.model, settings, sync_every, step_costs.shape_key((drafter, request, state)))
     if is_adaptive and options.budget == "adaptive":
-        program = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
-        key = (lm.model, settings, sync_every, step_costs.shape_key((drafter, request, state)))
-        times, state = step_costs.of_program(key, program, dispatch, request, state, sizes)
+        lower = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
+        times, state = step_costs.of_program(program, lower, dispatch, request, state, sizes)
         costs = sharding.put(np.asarray(times, np.float32), None)
         state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if not is_replaced:
         state = admitted(state, new, nowhere)
-    state, _ = dispatch(request, state, 0)
+    state, _ = dispatch(request, state, int(program not in _has_run))  # a first run is slow; free places take no step
+    _has_run.add(program)
     jax.block_until_ready(state)
     compile_ms, clock = _lap(clock)
 
@@ -281,7 +284,7 @@ def run(
                 part, places[part] = divmod(place, part_size)
                 entering[part] = text
             longest = max(len(text.row.prompt) for text in taken.values())
-            chunks = loop.prefill_chunks(longest - 1 - num_cached, options.exact)
+            chunks = prefill.chunks_of(longest - 1 - num_cached, options.exact)
             new = started(state.cache if is_replaced else new.cache, entering, chunks)
             state = admitted(state, new, places)
             request = request_for([text or filler for text in batch])

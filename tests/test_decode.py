@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hd_jax import decode, draft_tree, drafters, exactness, runner
+from hd_jax import decode, draft_tree, drafters, exactness, prefill, runner
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
 from hd_jax.draft_tree import NO_PARENT, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter
-from hd_jax.loop import prefill_chunks
 
 PROMPTS = [[3, 4, 5, 6, 7] * 5, [9], np.random.default_rng(0).integers(2, 48, 80).tolist()]
 MANY = [*PROMPTS, [5, 6, 7] * 4, [11, 30, 2, 8]]
@@ -192,7 +191,7 @@ def test_exact_mode_is_bit_equal(lm, name, temperature):
 
 def test_a_prompt_of_several_chunks(lm):
     prompt = np.random.default_rng(1).integers(2, 48, 256 + 64 + 9).tolist()
-    assert prefill_chunks(len(prompt) - 1) == [(256, 1), (64, 2)]
+    assert prefill.chunks_of(len(prompt) - 1) == [(256, 1), (64, 2)]
     reference = decode.generate(lm, prompt, max_new_tokens=NUM_NEW)
     out = decode.generate(lm, [PROMPTS[0], prompt], drafter="pld", max_new_tokens=NUM_NEW)
     _assert_equal(lm, DRAFTERS["pld"], [_plain(lm, 0.0, False)[0], reference], out)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from hd_jax import admission, drafters, loop, runner, sharding
+from hd_jax import admission, drafters, loop, prefill, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
@@ -73,21 +73,10 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_prefill(lm, num_rows, size)
     slots = 3 * SLOTS_AT_ONCE
     cache, tokens = empty_cache(lm.config, num_rows, slots), jnp.zeros((num_rows, slots), jnp.int32)
     arguments = (lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(2))
-    text = loop.prefill_alike.lower(*arguments, chunk_size=size).compile().as_text()
+    text = prefill.read_alike.lower(*arguments, chunk_size=size).compile().as_text()
     shape = _cache_shapes(lm, num_rows, slots)
     assert re.search(shape, text), "the pattern finds no cache"
     assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text[: text.index("ENTRY")])
-
-
-@pytest.mark.parametrize("sizes", [(256,), (256, 64)])
-def test_chunks_read_a_prompt_and_little_more(monkeypatch, sizes):
-    monkeypatch.setitem(loop.PREFILL_CHUNKS, "cpu", sizes)
-    for num_tokens in range(1000):
-        chunks = loop.prefill_chunks(num_tokens)
-        assert [size for size, _ in chunks] == [size for size in sizes if size in dict(chunks)]
-        num_read = sum(size * count for size, count in chunks)
-        assert num_tokens <= num_read < num_tokens + sizes[-1]
-        assert [size for size, _ in loop.prefill_chunks(num_tokens, is_exact=True)] == [sizes[-1]] * (num_tokens > 0)
 
 
 def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hd_jax import decode, draft_tree, exactness, loop
+from hd_jax import decode, draft_tree, exactness, prefill
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.ngram_trie import NgramTrie
 from hd_jax.databases.suffix_array import SuffixArray
@@ -44,13 +44,13 @@ def bigrams(vocab_size: int = 48) -> Drafter:
 
 def test_turns_continue_the_chat_and_reuse_the_cache(lm, monkeypatch):
     reads: list[tuple[int, int]] = []
-    prefill = loop.prefill
+    read = prefill.read
 
     def counted(*args, **kwargs):
         reads.append((args[4], sum(count for _, count in args[5])))
-        return prefill(*args, **kwargs)
+        return read(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "prefill", counted)
+    monkeypatch.setattr(prefill, "read", counted)
     session = decode.Session(lm, drafter="pld")
     first = session.generate("hello", max_new_tokens=20)
     second = session.generate("again", max_new_tokens=20)
