@@ -66,7 +66,7 @@ class Samples(NamedTuple):
 def collect(tables: dict[str, Any], texts: Sequence[traces.Turn], sources: str, seed: int) -> Samples:
     """Reads texts with `hd_tree`'s own state and candidates."""
     rng = np.random.default_rng(seed)
-    size = num_slots(max(len(text.prompt) + len(text.answer) for text in texts))
+    size = num_slots(max(len(text.prompt) + len(text.answer) for text in texts), 0)
     parts = []
     for text in tqdm.tqdm(texts, f"reading for {sources}"):
         whole = np.zeros(size, np.int32)

@@ -268,8 +268,10 @@ def _make(part: Part, databases: Databases) -> Drafter:
         raise ValueError(f"method {part.method.label}: {error}") from error
     if drafter.num_top_logits:
         raise _needs_logits(part.method)
-    if drafter.max_depth + 1 > runner.RESERVE:
-        raise ValueError(f"method {part.method.label} is {drafter.max_depth} deep; at most {runner.RESERVE - 1} is possible")
+    if drafter.max_depth > timed_replay.MAX_DEPTH:
+        raise ValueError(
+            f"method {part.method.label} is {drafter.max_depth} deep; at most {timed_replay.MAX_DEPTH} is possible"
+        )
     return drafter
 
 
@@ -382,7 +384,7 @@ def replayed(drafter: Drafter, texts: Iterable[Turn]) -> Iterator[Outcome]:
 def _request(text: Turn) -> tuple[loop.Request, jax.Array]:
     """A recorded text as a request of one row, and its prompt, int32[1, S]."""
     whole = [*text.prompt, *text.answer]
-    tokens = np.zeros((1, runner.num_slots(max(len(whole), MIN_TOKENS))), np.int32)
+    tokens = np.zeros((1, runner.num_slots(max(len(whole), MIN_TOKENS), timed_replay.MAX_DEPTH)), np.int32)
     tokens[0, : len(text.prompt)] = text.prompt
     recorded = np.full(tokens.shape, NO_TOKEN, np.int32)
     recorded[0, : len(whole)] = whole

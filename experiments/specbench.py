@@ -55,7 +55,7 @@ class Library:
     makers: Mapping[str, Callable[..., Any]]
     make_drafter: Callable[..., Any]
     generate: Callable[..., Any]
-    num_slots: Callable[[int], int]
+    num_slots: Callable[[int, int], int]
     measure_draft_us: Callable[..., float]
     session: Callable[..., Any]
     check: Callable[..., Any]
@@ -143,7 +143,7 @@ class Bench:
         A compiled program's first run is slower than the next ones, and each size of the cache is a program of its own.
         """
         end = min(num_prompt_tokens + self.config.max_new_tokens, self.lm.max_context)
-        key = (label, num_rows, self.library.num_slots(end))
+        key = (label, num_rows, self.library.num_slots(end, self.drafters[label].max_depth))
         if key not in self._warm:
             self._warm.add(key)
             max_new_tokens = min(WARM_UP_TOKENS, self.config.max_new_tokens)

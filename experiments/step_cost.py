@@ -41,6 +41,7 @@ from hd_jax.runner import LM, Options, Row
 
 COPY_BYTES = 2**31  # of the array whose copy is timed, on an accelerator; a 32nd of it on a CPU
 MATMUL_SIZE = 8192  # of the square matrices whose product is timed, on an accelerator; a 16th of it on a CPU
+MAX_NODES = 128
 LOOKUP_TOKENS = 10  # of transformers' prompt lookup, as Spec-Bench sets it for Vicuna
 HD_TREE_NODES, HD_TREE_MOST = 8, 16  # of hd_tree beside transformers, alone and with an adaptive budget
 
@@ -295,7 +296,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if values.model and values.shape:
         raise ValueError("--model and --shape: give one of them")
-    sizes = program.whole_numbers("nodes", 1, runner.RESERVE)
+    sizes = program.whole_numbers("nodes", 1, MAX_NODES)
     embedded = None
     if values.shape:
         embedded = tokenizers.load(decode.EMBEDDED)  # nothing of its text matters here

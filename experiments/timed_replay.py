@@ -32,6 +32,7 @@ from hd_jax.result import Result
 from hd_jax.runner import LM, Options, Row
 
 WARM_UP_TOKENS = 64
+MAX_DEPTH = 127  # of any method's drafts
 AS_RECORDED = {"is_equal": True, "is_explained": False, "position": None, "gap": None, "tolerance": None, "message": ""}
 
 
@@ -56,7 +57,7 @@ def check_lengths(config: ModelConfig, shape: str, texts: Sequence[Turn]) -> Non
 
 def num_slots(texts: Sequence[Turn]) -> int:
     """S of every cache."""
-    return runner.num_slots(max(map(_length, texts)))
+    return runner.num_slots(max(map(_length, texts)), MAX_DEPTH)
 
 
 def run(

@@ -254,7 +254,7 @@ def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeat
     passes they take longer: on two CPU cores, those of `hd_tree` with 8 or 16 nodes about twice as long.
     """
     tokens = runner.check_prompt(lm, tokens)
-    slots = runner.num_slots(len(tokens))
+    slots = runner.num_slots(len(tokens), drafter.max_depth)
     buffer = jnp.asarray(np.pad(np.asarray(tokens, np.int32), (0, slots - len(tokens))))
     context = Context(buffer, jnp.int32(len(tokens)), jnp.int32(len(tokens)))
     fetched: Any = jax.tree.map(np.asarray, context)

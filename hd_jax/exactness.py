@@ -132,7 +132,7 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
 
     Each pass is a chain of the text's next tokens; the last one ends with the text, so that its last node is the one asked for.
     """
-    mesh, slots = lm.model.mesh, runner.num_slots(len(text) + 1)
+    mesh, slots = lm.model.mesh, runner.num_slots(len(text) + 1, width)
     num_parts = sharding.num_row_parts(mesh)
     buffer = np.zeros((num_parts, slots + width), np.int32)
     buffer[:, : len(text)] = text

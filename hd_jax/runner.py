@@ -23,7 +23,6 @@ from hd_jax.models.tokenizer import Tokenizer
 from hd_jax.result import NOT_DRAFTED, Result
 from hd_jax.sampling import Sampling, SamplingMode
 
-RESERVE = 128  # slots behind the last token of every cache, for a path, or for the smallest chunk where that is longer
 EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
@@ -147,10 +146,10 @@ def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
     return budget.sizes_of(drafter.num_nodes)
 
 
-def num_slots(num_tokens: int) -> int:
-    """S for texts of so many tokens: few sizes, so that few programs are compiled; the reserve is added."""
-    size, reserve = 256, max(RESERVE, prefill.chunk_sizes()[-1])
-    while size < num_tokens + reserve:
+def num_slots(num_tokens: int, max_depth: int) -> int:
+    """S for texts of so many tokens and what is written behind them, a path or a chunk: few sizes, for few programs."""
+    size, behind = 256, max(max_depth + 1, prefill.chunk_sizes()[-1])
+    while size < num_tokens + behind:
         size += max(256, 2 ** (size.bit_length() - 2))
     return size
 
@@ -183,8 +182,6 @@ def run(
       num_cached: at most the prompt's length less one.
       kept_drafter_state: of an earlier request of a single row, for the drafter to renew.
     """
-    if drafter.max_depth + 1 > RESERVE:
-        raise ValueError(f"drafter {drafter.name} is {drafter.max_depth} deep; at most {RESERVE - 1} is possible")
     if options.logprobs > lm.config.vocab_size:
         raise ValueError(f"logprobs must be at most the vocabulary's {lm.config.vocab_size}, not {options.logprobs}")
     if options.exact and drafter.num_nodes > EXACT_WIDTH:
@@ -201,7 +198,7 @@ def run(
     is_replaced = num_places == 1 or len(rows) == num_parts  # an admission fills all places, so it makes the state anew
     by_rows = sharding.by_rows(mesh)
     drafter = sharding.put(drafter, sharding.replicated(mesh))
-    slots = num_slots(max(_limit(lm, row, options) for row in rows))
+    slots = num_slots(max(_limit(lm, row, options) for row in rows), drafter.max_depth)
     cache = empty_cache(lm.config, num_parts, slots, mesh) if kept_cache is None else kept_cache
     slots = max(cache[0][1].shape[2], slots)
     cache = with_slots(cache, slots, lm.config)
@@ -492,4 +489,4 @@ def fresh_drafter_state(lm: LM, drafter: Drafter) -> Any:
     """The state (of one row) of a drafter that has seen nothing but one token: for the shapes of a saved one."""
     options = Options(max_new_tokens=1)
     request = request_of(lm, [Row([0], 0)], options)
-    return admission.init_drafter(drafter, request, jnp.zeros((1, num_slots(2)), jnp.int32), None)
+    return admission.init_drafter(drafter, request, jnp.zeros((1, num_slots(2, drafter.max_depth)), jnp.int32), None)

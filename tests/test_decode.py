@@ -198,6 +198,17 @@ def test_a_prompt_of_several_chunks(lm):
     assert reference.tokens != decode.generate(lm, prompt[100:], max_new_tokens=NUM_NEW).tokens
 
 
+def test_a_draft_may_be_deeper_than_all_that_is_read_at_once(lm):
+    """The path of an accepted draft is written behind the text, wherever that ends: to its cache's last slots at the end."""
+    prompt = [3, 4, 5, 6] * 40
+    recorded = (prompt * 2)[:210]
+    for num_new in (150, 210):
+        row = runner.Row(prompt, 0, recorded=recorded[:num_new])
+        *_, last = runner.run(lm, drafters.pld(num_nodes=140), [row], runner.Options())
+        assert last.results[0].tokens == recorded[:num_new]
+        assert max(last.results[0].accept_lengths) > prefill.chunk_sizes()[-1]
+
+
 @pytest.mark.parametrize("name", ["hd", "python"])
 def test_exact_mode_is_bit_equal_in_a_batch(lm, name):
     """To each text alone, in a cache of its own size: the last prompt asks for more slots than the others."""
@@ -205,7 +216,7 @@ def test_exact_mode_is_bit_equal_in_a_batch(lm, name):
     options = {"max_new_tokens": NUM_NEW, "temperature": 1.5, "exact": True, "logprobs": 2}
     alone = [*_plain(lm, 1.5, True, logprobs=2), decode.generate(lm, long, seed=5, **options)]
     out = decode.generate(lm, [*MANY, long], drafter=DRAFTERS[name], seed=range(6), batch_size=3, **options)
-    assert runner.num_slots(len(long) + NUM_NEW) > runner.num_slots(max(map(len, MANY)) + NUM_NEW)
+    assert runner.num_slots(len(long) + NUM_NEW, 0) > runner.num_slots(max(map(len, MANY)) + NUM_NEW, 0)
     assert [r.tokens for r in out] == [r.tokens for r in alone]
     assert [r.logprobs for r in out] == [r.logprobs for r in alone]
 
@@ -449,7 +460,7 @@ def test_a_result_shows_itself_coloured(lm):
 
 def test_draft_time_is_measured(lm):
     assert decode.measure_draft_us(lm, DRAFTERS["hd"], PROMPTS[0], num_repeats=1) > 0
-    assert runner.num_slots(1) == runner.num_slots(100) < runner.num_slots(600)
+    assert runner.num_slots(1, 0) == runner.num_slots(100, 7) < runner.num_slots(100, 200) < runner.num_slots(600, 7)
 
 
 def test_recorded_rows_end_where_their_records_end(lm):

@@ -80,12 +80,12 @@ class FakeModel:
 
     def library(self):
         def plain():
-            return types.SimpleNamespace(name="none", size=1, renew=None)
+            return types.SimpleNamespace(name="none", size=1, max_depth=0, renew=None)
 
         def pairs(num_nodes=2, letter="", remember=0):
             if num_nodes > 9:
                 raise ValueError(f"num_nodes {num_nodes} is too large")
-            return types.SimpleNamespace(name=f"pairs{letter}", size=num_nodes, renew=remember or None)
+            return types.SimpleNamespace(name=f"pairs{letter}", size=num_nodes, max_depth=1, renew=remember or None)
 
         makers = {"none": plain, "pairs": pairs}
         make = lambda lm, name, **options: makers[name](**options)  # noqa: E731
@@ -95,7 +95,7 @@ class FakeModel:
             makers,
             make,
             self.generate,
-            lambda n: -(-n // 64),
+            lambda num_tokens, max_depth: -(-num_tokens // 64),
             draft_us,
             self.session,
             self.check,
