@@ -5,8 +5,9 @@ r"""Where a step's time goes on this machine: by the number of nodes, the length
 
 The first table has whole steps (draft, verification, commit), with a drafter whose drafts cost nothing and are wrong. The
 device loop runs many steps a dispatch; the host loop, which is timed for the first and the last size, one. Beside them stands
-what the step must at least do: the bare products with the weights, the faster of two operand orders; and the share of this
-device's measured copy rate at which a step reads the weights and the committed keys and values. The second table has each
+what the step must at least do: the bare products with the weights, the faster of two operand orders, alone and with those of
+attention to the committed tokens; and the share of this device's measured copy rate at which a step reads the weights and the
+committed keys and values. The second table has each
 drafter's draft and update, many in one program, without the model.
 
 All that is timed takes turns, round by round, so that a machine that other work slows down for a while slows all of it alike;
@@ -109,32 +110,42 @@ def _seconds_each(make: Callable[[], Callable], x: jax.Array, num_calls: int = 1
     return statistics.median(times[1:])
 
 
-def bare_products(lm: LM, num_nodes: int) -> Callable[[], float]:
+def bare_products(lm: LM, num_nodes: int, context: int = 0) -> Callable[[], float]:
     """A function that measures one round: milliseconds of a step's products with the weights, and of nothing else.
 
-    One after the other, each waits for the one before. Of the two operand orders the faster one counts.
+    With a context the products of attention are among them, of all queries with so many keys and of their scores with so many
+    values. One after the other, each waits for the one before. Of the two orders of a weight and its operand the faster counts.
     """
+    c = lm.config
     matrices = [x for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if x.ndim == 2 and not _is_table(lm, path)]
+    group = c.num_heads // c.num_kv_heads * num_nodes
+    keys, values = ((c.num_kv_heads, c.head_dim, context), (c.num_kv_heads, context, c.head_dim))
+    layers = [tuple(jnp.ones(shape, c.dtype) for shape in (keys, values)) for _ in range(c.num_layers if context else 0)]
+    queries = jnp.ones((c.num_kv_heads, group, c.head_dim), c.dtype)
+    multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-    def chain(weights: list[jax.Array], x: dict[int, jax.Array], is_weight_first: bool) -> jax.Array:
-        carried = jnp.zeros((), lm.config.dtype)
+    def chain(weights: list[jax.Array], layers: list, x: dict[int, jax.Array], queries: jax.Array, is_weight_first: bool):
+        carried = jnp.zeros((), c.dtype)
+        for keys, values in layers:
+            scores = multiply(queries + carried, keys).astype(c.dtype)
+            carried = multiply(scores, values)[0, 0, 0].astype(c.dtype) * 0
         for weight in weights:
             rows = x[weight.shape[1]] + carried
             if is_weight_first:
                 out = jax.lax.dot_general(weight, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             else:
                 out = jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            carried = out[0, 0].astype(lm.config.dtype) * 0
+            carried = out[0, 0].astype(c.dtype) * 0
         return carried
 
-    inputs = {weight.shape[1]: jnp.ones((num_nodes, weight.shape[1]), lm.config.dtype) for weight in matrices}
+    inputs = {weight.shape[1]: jnp.ones((num_nodes, weight.shape[1]), c.dtype) for weight in matrices}
     compiled = [jax.jit(functools.partial(chain, is_weight_first=order)) for order in (False, True)]
 
     def measure() -> float:
         times = []
         for call in compiled:
             clock = time.perf_counter()
-            jax.block_until_ready([call(matrices, inputs) for _ in range(4)])
+            jax.block_until_ready([call(matrices, layers, inputs, queries) for _ in range(4)])
             times.append((time.perf_counter() - clock) * 1e3 / 4)
         return min(times)
 
@@ -334,7 +345,8 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
         for n in sizes
         for loop in (("device", "host") if context == contexts[0] and n in (sizes[0], sizes[-1]) else ("device",))
     }
-    measures: dict[Any, Callable[[], float]] = {**steps, **{("bare", n): bare_products(lm, n) for n in sizes}}
+    bare = {("bare", n, context): bare_products(lm, n, context) for n in sizes for context in (0, *contexts)}
+    measures: dict[Any, Callable[[], float]] = {**steps, **bare}
     torch_model = None
     if values.transformers:
         torch_model = transformers_model(lm, None if values.shape else lm.folder)
@@ -367,7 +379,8 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
                     "all_device_ms": times[context, n, "device"],
                     "host_ms": medians.get((context, n, "host")),
                     "over_one_node": ms / medians[context, sizes[0], "device"],
-                    "bare_ms": medians["bare", n],
+                    "bare_ms": medians["bare", n, 0],
+                    "bare_with_attention_ms": medians["bare", n, context],
                     "share_of_copy_rate": bytes_read(lm, context) / (ms * 1e-3) / copied,
                     "compile_s": compile_ms[context, n, "device"] / 1e3,
                 }
@@ -428,7 +441,7 @@ def _drafter_costs(lm: LM, values: Any, plain_ms: float) -> Iterator[dict[str, A
 
 def _tables(record: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     head = ["context", "nodes", "ms a step", "over the first", "host loop, ms", "bare products, ms", "over them"]
-    head += ["share of copy rate", "compiled in s"]
+    head += ["with attention's, ms", "over them", "share of copy rate", "compiled in s"]
     body = []
     for row in record["steps"]:
         cells = [f"{row['context']}", f"{row['nodes']}", f"{row['device_ms']:.2f}", f"{row['over_one_node']:.2f}"]
@@ -436,6 +449,8 @@ def _tables(record: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
             "" if row["host_ms"] is None else f"{row['host_ms']:.2f}",
             f"{row['bare_ms']:.2f}",
             f"{row['device_ms'] / row['bare_ms']:.2f}",
+            f"{row['bare_with_attention_ms']:.2f}",
+            f"{row['device_ms'] / row['bare_with_attention_ms']:.2f}",
         ]
         body.append([*cells, f"{row['share_of_copy_rate']:.0%}", f"{row['compile_s']:.1f}"])
     memory = f", at most {record['peak_memory_gb']:.1f} GB in use" if record["peak_memory_gb"] else ""
@@ -461,15 +476,19 @@ def _tables(record: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
 
 
 def _plot(record: dict[str, Any]) -> matplotlib.figure.Figure:
-    """Cost over that of the first size, by nodes, a line a context; and of the bare products."""
+    """Milliseconds by nodes, a line a context; and of the bare products."""
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     contexts = list(dict.fromkeys(row["context"] for row in record["steps"]))
     for context in contexts:
         rows = [row for row in record["steps"] if row["context"] == context]
-        axes.plot([r["nodes"] for r in rows], [r["device_ms"] for r in rows], "o-", label=f"step, {context} tokens of context")
+        nodes, bare = [r["nodes"] for r in rows], [r["bare_with_attention_ms"] for r in rows]
+        (line,) = axes.plot(nodes, [r["device_ms"] for r in rows], "o-", label=f"step, {context} tokens of context")
+        axes.plot(nodes, bare, "s--", color=line.get_color(), label="its bare products, attention's among them")
     rows = [row for row in record["steps"] if row["context"] == contexts[0]]
-    axes.plot([r["nodes"] for r in rows], [r["bare_ms"] for r in rows], "s--", color="gray", label="bare products")
+    axes.plot(
+        [r["nodes"] for r in rows], [r["bare_ms"] for r in rows], "s--", color="gray", label="bare products with the weights"
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks([r["nodes"] for r in rows], [str(r["nodes"]) for r in rows])
     axes.set(xlabel="nodes a step", ylabel="milliseconds", ylim=(0, None), title=f"Cost of a step: {record['model']}")

@@ -26,6 +26,7 @@ def test_each_size_context_and_loop_is_measured(lm, monkeypatch):
     assert [(row["context"], row["nodes"]) for row in record["steps"]] == [(16, 1), (16, 4), (40, 1), (40, 4)]
     assert [row["host_ms"] is not None for row in record["steps"]] == [True, True, False, False]
     assert all(len(row["all_device_ms"]) == 2 and row["bare_ms"] > 0 for row in record["steps"])
+    assert all(row["bare_with_attention_ms"] > 0 for row in record["steps"])
     assert record["steps"][0]["over_one_node"] == 1
     for _, head, body in step_cost._tables(json.loads(json.dumps(record))):
         assert all(len(line) == len(head) for line in body)
