@@ -8,7 +8,7 @@ device loop runs many steps a dispatch; the host loop, which is timed for the fi
 what the step must at least do: the bare products with the weights, the faster of two operand orders, alone and with those of
 attention to the committed tokens; and the share of this device's measured copy rate at which a step reads the weights and the
 committed keys and values. The second table has each
-drafter's draft and update, many in one program, without the model.
+drafter's draft and update, many in one program, without the model, after a short text and after a long one.
 
 All that is timed takes turns, round by round, so that a machine that other work slows down for a while slows all of it alike;
 medians over the rounds are reported. --transformers adds Hugging Face transformers (torch, the same weights, or random ones
@@ -19,6 +19,7 @@ a fixed number of nodes and with an adaptive budget.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -44,6 +45,7 @@ COPY_BYTES = 2**31  # of the array whose copy is timed, on an accelerator; a 32n
 MATMUL_SIZE = 8192  # of the square matrices whose product is timed, on an accelerator; a 16th of it on a CPU
 MAX_NODES = 128
 LOOKUP_TOKENS = 10  # of transformers' prompt lookup, as Spec-Bench sets it for Vicuna
+DRAFT_CONTEXTS = (512, 8192)  # tokens after which drafts are timed
 HD_TREE_NODES, HD_TREE_MOST = 8, 16  # of hd_tree beside transformers, alone and with an adaptive budget
 
 
@@ -429,14 +431,16 @@ def _drafter_costs(lm: LM, values: Any, plain_ms: float) -> Iterator[dict[str, A
     """Of draft and update within the device loop. A shape has no databases, so its drafters are the embedded model's."""
     if not values.drafters:
         return
-    source = decode.load() if values.shape else lm
-    tokens = decode.encode_prompt(source, "Why is the sky blue? Rayleigh scattering is why the sky is blue. " * 20)
+    longest = max(DRAFT_CONTEXTS)
+    source = dataclasses.replace(decode.load() if values.shape else lm, max_context=longest + 1)  # the model does not run
+    asked = source.tokenizer.encode("\n".join(turn for q in questions.read(questions.EMBEDDED) for turn in q.turns))
+    text = (asked * (longest // len(asked) + 1))[:longest]
     for name in values.drafters:
         for num_nodes in (8, 16, 32, 64) if name == "hd_tree" else (None,):
             options: dict[str, Any] = {} if num_nodes is None else {"num_nodes": num_nodes}
             drafter = decode.make_drafter(source, name, **options)
-            found = decode.measure_draft_us(source, drafter, tokens)
-            yield {"drafter": name, "nodes": drafter.num_nodes, "us": found, "of_plain_step": found / 1e3 / plain_ms}
+            us = [decode.measure_draft_us(source, drafter, text[:length]) for length in DRAFT_CONTEXTS]
+            yield {"drafter": name, "nodes": drafter.num_nodes, "us": us, "of_plain_step": us[0] / 1e3 / plain_ms}
 
 
 def _tables(record: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -460,8 +464,12 @@ def _tables(record: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     title = f"Prefill (a large product runs at {record['matmul_tflop_per_s']:.2f} TFLOP/s)"
     yield title, ["tokens", "ms", "share of that rate"], body
     if record["drafters"]:
-        body = [[r["drafter"], f"{r['nodes']}", f"{r['us']:.0f}", f"{r['of_plain_step']:.1%}"] for r in record["drafters"]]
-        yield "Draft and update, without the model", ["drafter", "nodes", "us a step", "of a plain step"], body
+        body = [
+            [r["drafter"], f"{r['nodes']}", *(f"{us:.0f}" for us in r["us"]), f"{r['of_plain_step']:.1%}"]
+            for r in record["drafters"]
+        ]
+        head = ["drafter", "nodes", *(f"us, after {length} tokens" for length in DRAFT_CONTEXTS), "of a plain step"]
+        yield "Draft and update, without the model", head, body
     if "transformers_ms" in record:
         ours = record["steps"][0]["device_ms"]
         body = [[name, f"{ms:.2f}", f"{ms / ours:.2f}"] for name, ms in record["transformers_ms"].items()]
