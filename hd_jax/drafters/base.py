@@ -2,10 +2,10 @@
 
 A drafter is written for one row; the loop maps it over a batch. Shapes are fixed: S is that of the context's tokens; a
 drafter that needs the size of the vocabulary takes it as its option `vocab_size`, which `decode.make_drafter` fills in.
-`hd_jax/drafters/hd.py` is an example with state. The smallest useful one repeats what followed the last occurrence of the
-newest token:
+The smallest useful one repeats what followed the last occurrence of the newest token:
 
     import functools
+    import jax
     import jax.numpy as jnp
     from hd_jax import decode, draft_tree
     from hd_jax.drafters.base import Drafter
@@ -24,6 +24,32 @@ newest token:
         return Drafter("echo", num_nodes=num_tokens + 1, max_depth=num_tokens, source_names=("context",), draft=draft)
 
     decode.generate(lm, prompt, drafter=echo(num_tokens=6))
+
+With state, here a table int32[V] of what last followed each token, the same costs no search: `init` reads the prompt, `update`
+what each step appended.
+
+    @functools.lru_cache
+    def successor(vocab_size: int) -> Drafter:
+        def read(table, context, first):
+            # One after the other, so that of two writes to a place the later one counts.
+            write = lambda slot, table: table.at[context.tokens[slot - 1]].set(context.tokens[slot])
+            return jax.lax.fori_loop(jnp.maximum(first, 1), context.length, write, table)
+
+        def init(tables, context):
+            return read(jnp.full(vocab_size, draft_tree.NO_TOKEN, jnp.int32), context, 1)
+
+        def draft(tables, table, context):
+            token = table[context.root]
+            return draft_tree.from_chain(context.root, token[None], (token != draft_tree.NO_TOKEN).astype(jnp.int32))
+
+        def update(tables, table, context, feedback):
+            return read(table, context, context.length - feedback.num_appended)
+
+        return Drafter(
+            "successor", num_nodes=2, max_depth=1, source_names=("successors",), draft=draft, init=init, update=update
+        )
+
+`hd_jax/drafters/hd.py` is one that also drafts from databases, and learns from the model's targets.
 """
 
 from __future__ import annotations
