@@ -171,8 +171,20 @@ def test_waits_grow_with_failures_and_with_what_drafting_costs():
         sizes = _simulate([1.0, 1.0 + extra, 3.0 + extra, 4.0 + extra, 5.0 + extra], lambda step: False, 300)
         tries = [step for step, size in enumerate(sizes) if size]
         waits = [tries[0], *(np.diff(tries) - 1).tolist()]
-        assert waits[:6] == [extra * wait for wait in (8, 8, 16, 32, 64, 64)][: len(waits)]
+        assert waits[:6] == [extra * wait for wait in (16, 16, 32, 64, 128, 128)][: len(waits)]
         assert len(waits) >= 4
+
+
+def test_a_wait_ends_when_a_try_turns_out_to_have_been_right():
+    costs = [1.0, 1.5, 2.6, 3.0, 3.5]
+    failing = _simulate(costs, lambda step: False, 120)
+    tries = [step for step, size in enumerate(failing) if size]
+    late = tries[2]  # after which nothing would be tried for long
+    sizes = _simulate(costs, lambda step: step >= late, 120)
+    assert sizes[late] == 1  # not verified
+    assert failing[late + 1 : late + 30] == [0] * 29
+    assert 0 not in sizes[late + 2 :]
+    assert set(sizes[late + 3 :]) == {4}
 
 
 def test_a_draft_that_costs_nothing_is_made_in_every_step():
