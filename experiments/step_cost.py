@@ -35,14 +35,12 @@ import matplotlib.figure
 import tqdm
 from absl import flags
 
-from experiments import program, questions, report, shapes
+from experiments import device_floor, program, questions, report, shapes
 from hd_jax import decode, draft_tree, drafters, runner, sharding
 from hd_jax.drafters.base import Drafter
 from hd_jax.models import tokenizer as tokenizers
 from hd_jax.runner import LM, Options, Row
 
-COPY_BYTES = 2**31  # of the array whose copy is timed, on an accelerator; a 32nd of it on a CPU
-MATMUL_SIZE = 8192  # of the square matrices whose product is timed, on an accelerator; a 16th of it on a CPU
 MAX_NODES = 128
 LOOKUP_TOKENS = 10  # of transformers' prompt lookup, as Spec-Bench sets it for Vicuna
 DRAFT_CONTEXTS = (512, 8192)  # tokens after which drafts are timed
@@ -79,91 +77,6 @@ def step_ms(lm: LM, num_nodes: int, context: int, num_steps: int, loop: str = "d
     """Milliseconds of a step after `context` tokens: the mean over a run of at most `num_steps` tokens."""
     result = run_steps(lm, num_nodes, context, num_steps, loop)
     return result.decode_ms / result.num_steps
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, at which this device copies a large array."""
-    size = COPY_BYTES // (32 if jax.default_backend() == "cpu" else 1)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = copy(jnp.zeros(size // 4, jnp.float32))
-    return 2 * size / _seconds_each(lambda: copy, x)
-
-
-def matmul_rate() -> float:
-    """Floating-point operations a second of a large product of bfloat16 matrices, or of float32 ones on a CPU."""
-    is_cpu = jax.default_backend() == "cpu"
-    size = MATMUL_SIZE // (16 if is_cpu else 1)
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32 if is_cpu else jnp.bfloat16) / size**0.5
-    multiply = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / _seconds_each(lambda: multiply, multiply(x))
-
-
-def _seconds_each(make: Callable[[], Callable], x: jax.Array, num_calls: int = 10) -> float:
-    """Seconds of one call of a chain of them, f(f(x)): the median of five chains."""
-    call = make()
-    times = []
-    for _ in range(6):
-        jax.block_until_ready(x)
-        clock = time.perf_counter()
-        for _ in range(num_calls):
-            x = call(x)
-        jax.block_until_ready(x)
-        times.append((time.perf_counter() - clock) / num_calls)
-    return statistics.median(times[1:])
-
-
-def bare_products(lm: LM, num_nodes: int, context: int = 0) -> Callable[[], float]:
-    """A function that measures one round: milliseconds of a step's products with the weights, and of nothing else.
-
-    With a context the products of attention are among them, of all queries with so many keys and of their scores with so many
-    values. One after the other, each waits for the one before. Of the two orders of a weight and its operand the faster counts.
-    """
-    c = lm.config
-    matrices = [x for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if x.ndim == 2 and not _is_table(lm, path)]
-    group = c.num_heads // c.num_kv_heads * num_nodes
-    keys, values = ((c.num_kv_heads, c.head_dim, context), (c.num_kv_heads, context, c.head_dim))
-    layers = [tuple(jnp.ones(shape, c.dtype) for shape in (keys, values)) for _ in range(c.num_layers if context else 0)]
-    queries = jnp.ones((c.num_kv_heads, group, c.head_dim), c.dtype)
-    multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-
-    def chain(weights: list[jax.Array], layers: list, x: dict[int, jax.Array], queries: jax.Array, is_weight_first: bool):
-        carried = jnp.zeros((), c.dtype)
-        for keys, values in layers:
-            scores = multiply(queries + carried, keys).astype(c.dtype)
-            carried = multiply(scores, values)[0, 0, 0].astype(c.dtype) * 0
-        for weight in weights:
-            rows = x[weight.shape[1]] + carried
-            if is_weight_first:
-                out = jax.lax.dot_general(weight, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            else:
-                out = jax.lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            carried = out[0, 0].astype(c.dtype) * 0
-        return carried
-
-    inputs = {weight.shape[1]: jnp.ones((num_nodes, weight.shape[1]), c.dtype) for weight in matrices}
-    compiled = [jax.jit(functools.partial(chain, is_weight_first=order)) for order in (False, True)]
-
-    def measure() -> float:
-        times = []
-        for call in compiled:
-            clock = time.perf_counter()
-            jax.block_until_ready([call(matrices, layers, inputs, queries) for _ in range(4)])
-            times.append((time.perf_counter() - clock) * 1e3 / 4)
-        return min(times)
-
-    return measure
-
-
-def _is_table(lm: LM, path: Any) -> bool:
-    """Whether a parameter is only looked up in: the embedding, unless it is the head as well."""
-    return path[-1].key == "embed_tokens" and not lm.config.is_head_tied
-
-
-def bytes_read(lm: LM, context: int) -> int:
-    """Bytes of weights and committed keys and values that a step must read."""
-    weights = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if not _is_table(lm, path))
-    c = lm.config
-    return weights + 2 * context * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
 
 
 def transformers_model(lm: LM, folder: str | None) -> Any:
@@ -347,7 +260,7 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
         for n in sizes
         for loop in (("device", "host") if context == contexts[0] and n in (sizes[0], sizes[-1]) else ("device",))
     }
-    bare = {("bare", n, context): bare_products(lm, n, context) for n in sizes for context in (0, *contexts)}
+    bare = {("bare", n, context): device_floor.bare_products(lm, n, context) for n in sizes for context in (0, *contexts)}
     measures: dict[Any, Callable[[], float]] = {**steps, **bare}
     torch_model = None
     if values.transformers:
@@ -368,7 +281,7 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
         for key, call in measures.items():
             times[key].append(call())
     medians = {key: statistics.median(found) for key, found in times.items()}
-    copied, multiplied = copy_rate(), matmul_rate()
+    copied, multiplied = device_floor.copy_rate(), device_floor.matmul_rate()
     rows = []
     for context in contexts:
         for n in sizes:
@@ -383,16 +296,15 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
                     "over_one_node": ms / medians[context, sizes[0], "device"],
                     "bare_ms": medians["bare", n, 0],
                     "bare_with_attention_ms": medians["bare", n, context],
-                    "share_of_copy_rate": bytes_read(lm, context) / (ms * 1e-3) / copied,
+                    "share_of_copy_rate": device_floor.bytes_read(lm, context) / (ms * 1e-3) / copied,
                     "compile_s": compile_ms[context, n, "device"] / 1e3,
                 }
             )
-    num_weights = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if not _is_table(lm, path))
     prefills = [
         {
             "context": context,
             "prefill_ms": ms,
-            "share_of_matmul_rate": 2 * num_weights * (context - 1) / (ms * 1e-3) / multiplied,
+            "share_of_matmul_rate": 2 * device_floor.num_weights(lm) * (context - 1) / (ms * 1e-3) / multiplied,
         }
         for context, ms in prefill.items()
     ]

@@ -198,17 +198,6 @@ def test_a_prompt_of_several_chunks(lm):
     assert reference.tokens != decode.generate(lm, prompt[100:], max_new_tokens=NUM_NEW).tokens
 
 
-def test_a_draft_may_be_deeper_than_all_that_is_read_at_once(lm):
-    """The path of an accepted draft is written behind the text, wherever that ends: to its cache's last slots at the end."""
-    prompt = [3, 4, 5, 6] * 40
-    recorded = (prompt * 2)[:210]
-    for num_new in (150, 210):
-        row = runner.Row(prompt, 0, recorded=recorded[:num_new])
-        *_, last = runner.run(lm, drafters.pld(num_nodes=140), [row], runner.Options())
-        assert last.results[0].tokens == recorded[:num_new]
-        assert max(last.results[0].accept_lengths) > prefill.chunk_sizes()[-1]
-
-
 @pytest.mark.parametrize("name", ["hd", "python"])
 def test_exact_mode_is_bit_equal_in_a_batch(lm, name):
     """To each text alone, in a cache of its own size: the last prompt asks for more slots than the others."""

@@ -79,6 +79,17 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_prefill(lm, num_rows, size)
     assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text[: text.index("ENTRY")])
 
 
+def test_a_draft_may_be_deeper_than_all_that_is_read_at_once(lm):
+    """The path of an accepted draft is written behind the text, wherever that ends: to its cache's last slots at the end."""
+    prompt = [3, 4, 5, 6] * 40
+    recorded = (prompt * 2)[:210]
+    for num_new in (150, 210):
+        row = runner.Row(prompt, 0, recorded=recorded[:num_new])
+        *_, last = runner.run(lm, drafters.pld(num_nodes=140), [row], runner.Options())
+        assert last.results[0].tokens == recorded[:num_new]
+        assert max(last.results[0].accept_lengths) > prefill.chunk_sizes()[-1]
+
+
 def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):
     (arguments, slots), (alone, _) = (_arguments(lm, drafters.hd(order="c"), num_rows) for num_rows in (3, 1))
     text = admission.admit.lower(lm.model, arguments[6], alone[6], jnp.zeros(1, jnp.int32)).compile().as_text()

@@ -10,15 +10,15 @@ import types
 import jax
 import pytest
 
-from experiments import shapes, step_cost
+from experiments import device_floor, shapes, step_cost
 from hd_jax import decode
 from hd_jax.models import llama, weights
 from hd_jax.models import tokenizer as tokenizers
 
 
 def test_each_size_context_and_loop_is_measured(lm, monkeypatch):
-    monkeypatch.setattr(step_cost, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(step_cost, "MATMUL_SIZE", 512)
+    monkeypatch.setattr(device_floor, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(device_floor, "MATMUL_SIZE", 512)
     values = types.SimpleNamespace(
         num_steps=8, num_rounds=2, drafters=[], transformers=False, profile=None, shape=None, model=None, mesh=None
     )
@@ -34,8 +34,8 @@ def test_each_size_context_and_loop_is_measured(lm, monkeypatch):
 
 def test_bytes_read_are_the_weights_and_the_committed_keys_and_values(lm):
     weights = sum(x.nbytes for x in jax.tree.leaves(lm.params))  # the embedding is the head
-    assert step_cost.bytes_read(lm, 0) == weights
-    assert step_cost.bytes_read(lm, 10) - weights == 10 * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
+    assert device_floor.bytes_read(lm, 0) == weights
+    assert device_floor.bytes_read(lm, 10) - weights == 10 * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
 
 
 @pytest.mark.parametrize(("shape", "num_parameters"), [("llama-68m", 68_030_208), ("llama-160m", 162_417_408)])
