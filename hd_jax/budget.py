@@ -15,7 +15,7 @@ One tree a row is watched at a time. Moving averages of both, promised and earne
 When drafts promise too little for what they cost, steps verify the root alone for a while, undrafted; then one draft is tried
 again. A try is verified only as far as it promises to pay, so most cost no more than the drafting. The waits are in proportion
 to that, and as long as tries fail, they grow: useless drafting takes at most a seventeenth of the time, and one part in 129 in
-the end. They end at once when the text shows that the tree of a try would have paid, verified or not.
+the end. A wait ends at once when the text shows that what was drafted last would have paid, verified or not.
 """
 
 from __future__ import annotations
@@ -189,23 +189,29 @@ def advance(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax.
 
 
 def _learned(state: State, sizes: Sequence[int], tokens: jax.Array, lengths: jax.Array) -> tuple[State, jax.Array]:
-    """The state after what it watches has shown its depths, as `advance`; and bool[], whether that tree would have paid."""
+    """The state after what it watches has shown its depths, as `advance`; and bool[], whether drafting would have paid.
+
+    For that the trees that are final must pay for all rows: wrong trees are final sooner, and right ones come alone then.
+    """
     watched = state.watched
     depths, is_final = jax.vmap(functools.partial(reached, sizes=tuple(sizes)))(watched, tokens=tokens, length=lengths)
     num_final = jnp.sum(is_final)
     weight = 1 - (1 - RATE) ** num_final.astype(jnp.float32)  # as if they had come one by one
 
-    def mean(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(is_final[:, None], values, 0), axis=0) / jnp.maximum(num_final, 1)
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(is_final[:, None], values, 0), axis=0)
 
-    earned = mean(jnp.diff(depths, axis=1))
-    _, added, cost = _best(earned, state.costs)
+    def moved(average: jax.Array, values: jax.Array) -> jax.Array:
+        return average + weight * (total(values) / jnp.maximum(num_final, 1) - average)
+
+    earned = jnp.diff(depths, axis=1)
+    _, added, cost = _best(total(earned) / lengths.size, state.costs)
     learned = state._replace(
-        earned=state.earned + weight * (earned - state.earned),
-        promised=state.promised + weight * (mean(watched.promised) - state.promised),
+        earned=moved(state.earned, earned),
+        promised=moved(state.promised, watched.promised),
         watched=watched._replace(lengths=jnp.where(is_final, NOTHING_WATCHED, watched.lengths)),
     )
-    return learned, (num_final > 0) & _pays(added, cost, state.costs)
+    return learned, _pays(added, cost, state.costs) & (num_final > 0)
 
 
 def without_rows(state: State, rows: jax.Array) -> State:

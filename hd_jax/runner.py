@@ -27,7 +27,7 @@ EXACT_WIDTH = 64  # nodes of every pass in exact mode
 SYNC_EVERY = 32  # steps a dispatch with loop="device"
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6  # below these, float32 is not enough; both mean the likeliest token
 
-_has_run: set[Hashable] = set()  # programs of steps that this process has dispatched
+_has_run: set[Hashable] = set()  # programs that have taken steps in this process
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ def run(
 
     texts = [_Text(row) for row in rows]
     filler, nowhere = texts[0], [part_size] * num_parts  # stands in free places, and for parts where no row is admitted
-    clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and leaves nothing behind.
+    clock = time.perf_counter()  # Whatever is the first of its kind is compiled here, and leaves nothing that is read.
     request = request_for([filler] * num_places)
     sizes_read = {size for row in rows for size, _ in prefill.chunks_of(len(row.prompt) - 1 - num_cached, options.exact)}
     new = started(cache, [filler] * num_parts, [(size, 0) for size in sorted(sizes_read)])
@@ -266,8 +266,10 @@ def run(
         state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     if not is_replaced:
         state = admitted(state, new, nowhere)
-    state, _ = dispatch(request, state, int(program not in _has_run))  # a first run is slow; free places take no step
-    _has_run.add(program)
+    # A program's first run is slow. A batch's is not made here: all of its places are free.
+    state, _ = dispatch(request, state, int(is_replaced and program not in _has_run))
+    if is_replaced:
+        _has_run.add(program)
     jax.block_until_ready(state)
     compile_ms, clock = _lap(clock)
 

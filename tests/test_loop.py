@@ -79,15 +79,22 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_prefill(lm, num_rows, size)
     assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text[: text.index("ENTRY")])
 
 
-def test_a_draft_may_be_deeper_than_all_that_is_read_at_once(lm):
-    """The path of an accepted draft is written behind the text, wherever that ends: to its cache's last slots at the end."""
+def test_a_cache_has_room_behind_every_text():
+    """For the path of the deepest draft and for a chunk of the prompt, wherever the text ends."""
+    for num_tokens in range(1, 1200, 7):
+        for max_depth in (0, 10, 139, 600):
+            slots = runner.num_slots(num_tokens, max_depth)
+            assert slots >= num_tokens + max(max_depth + 1, prefill.chunk_sizes()[-1])
+            assert slots % 256 == 0
+            assert slots == 256 or slots <= 2 * (num_tokens + max(max_depth, 255))
+
+
+def test_a_draft_may_be_deeper_than_a_chunk(lm):
     prompt = [3, 4, 5, 6] * 40
     recorded = (prompt * 2)[:210]
-    for num_new in (150, 210):
-        row = runner.Row(prompt, 0, recorded=recorded[:num_new])
-        *_, last = runner.run(lm, drafters.pld(num_nodes=140), [row], runner.Options())
-        assert last.results[0].tokens == recorded[:num_new]
-        assert max(last.results[0].accept_lengths) > prefill.chunk_sizes()[-1]
+    *_, last = runner.run(lm, drafters.pld(num_nodes=140), [Row(prompt, 0, recorded=recorded)], Options())
+    assert last.results[0].tokens == recorded
+    assert max(last.results[0].accept_lengths) > prefill.chunk_sizes()[-1]
 
 
 def test_a_row_is_admitted_without_a_copy_of_the_batch(lm):

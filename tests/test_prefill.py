@@ -55,7 +55,7 @@ def test_what_runs_for_the_first_time_is_run_before_the_clock_starts(lm, fresh, 
     assert steps == [0, runner.SYNC_EVERY]
 
 
-@pytest.mark.parametrize("drafter", ["none", "pld", "lookahead"])
+@pytest.mark.parametrize("drafter", ["none", "pld", "lookahead", "recycling"])
 def test_what_is_run_in_vain_leaves_nothing_behind(lm, fresh, drafter):
     """In a session the cache and the drafter's state go on: the second turn is told what programs to make ready, or not."""
     told = []

@@ -18,8 +18,8 @@ def test_an_example_drafts_and_changes_no_token(lm, name):
     exec(code, names)
     drafter = names[name](**({"vocab_size": lm.config.vocab_size} if name == "successor" else {}))
     prompts = [[3, 4, 5, 6] * 5, [9] * 7, [8]]
+    plain = decode.generate(lm, prompts, max_new_tokens=60)
     for budget in (None, {1: 1.0, 2: 1.01, 5: 1.02}):
-        plain = decode.generate(lm, prompts, max_new_tokens=60)
         drafted = decode.generate(lm, prompts, drafter=drafter, budget=budget, max_new_tokens=60)
         assert [result.tokens for result in drafted] == [result.tokens for result in plain]
         assert max(result.tokens_per_step for result in drafted) > 1.2
