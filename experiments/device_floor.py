@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ def copy_rate() -> float:
     size = COPY_BYTES // (32 if jax.default_backend() == "cpu" else 1)
     copy = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = copy(jnp.zeros(size // 4, jnp.float32))
-    return 2 * size / _seconds_each(lambda: copy, x)
+    return 2 * size / _seconds_each(copy, x)
 
 
 def matmul_rate() -> float:
@@ -31,12 +31,11 @@ def matmul_rate() -> float:
     size = MATMUL_SIZE // (16 if is_cpu else 1)
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32 if is_cpu else jnp.bfloat16) / size**0.5
     multiply = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / _seconds_each(lambda: multiply, multiply(x))
+    return 2 * size**3 / _seconds_each(multiply, multiply(x))
 
 
-def _seconds_each(make: Callable[[], Callable], x: jax.Array, num_calls: int = 10) -> float:
+def _seconds_each(call: Callable[[jax.Array], jax.Array], x: jax.Array, num_calls: int = 10) -> float:
     """Seconds of one call of a chain of them, f(f(x)): the median of five chains."""
-    call = make()
     times = []
     for _ in range(6):
         jax.block_until_ready(x)
@@ -48,21 +47,26 @@ def _seconds_each(make: Callable[[], Callable], x: jax.Array, num_calls: int = 1
     return statistics.median(times[1:])
 
 
-def bare_products(lm: LM, num_nodes: int, context: int = 0) -> Callable[[], float]:
+def keys_and_values(lm: LM, context: int) -> list[tuple[jax.Array, jax.Array]]:
+    """Of every layer, ones in their place: keys [K, D, context] and values [K, context, D]."""
+    c = lm.config
+    ones = functools.partial(jnp.ones, dtype=c.dtype)
+    keys, values = (c.num_kv_heads, c.head_dim, context), (c.num_kv_heads, context, c.head_dim)
+    return [(ones(keys), ones(values)) for _ in range(c.num_layers)]
+
+
+def bare_products(lm: LM, num_nodes: int, layers: Sequence[tuple[jax.Array, jax.Array]] = ()) -> Callable[[], float]:
     """A function that measures one round: milliseconds of a step's products with the weights, and of nothing else.
 
-    With a context the products of attention are among them, of all queries with so many keys and of their scores with so many
+    With `keys_and_values` the products of attention are among them, of all queries with the keys and of their scores with the
     values. One after the other, each waits for the one before. Of the two orders of a weight and its operand the faster counts.
     """
     c = lm.config
-    matrices = [x for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if x.ndim == 2 and not _is_table(lm, path)]
-    group = c.num_heads // c.num_kv_heads * num_nodes
-    keys, values = ((c.num_kv_heads, c.head_dim, context), (c.num_kv_heads, context, c.head_dim))
-    layers = [tuple(jnp.ones(shape, c.dtype) for shape in (keys, values)) for _ in range(c.num_layers if context else 0)]
-    queries = jnp.ones((c.num_kv_heads, group, c.head_dim), c.dtype)
+    matrices = [x for x in _weights(lm) if x.ndim == 2]
+    queries = jnp.ones((c.num_kv_heads, c.num_heads // c.num_kv_heads * num_nodes, c.head_dim), c.dtype)
     multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-    def chain(weights: list[jax.Array], layers: list, x: dict[int, jax.Array], queries: jax.Array, is_weight_first: bool):
+    def chain(weights: list[jax.Array], layers: Any, x: dict[int, jax.Array], queries: jax.Array, is_weight_first: bool):
         carried = jnp.zeros((), c.dtype)
         for keys, values in layers:
             scores = multiply(queries + carried, keys).astype(c.dtype)
@@ -90,18 +94,19 @@ def bare_products(lm: LM, num_nodes: int, context: int = 0) -> Callable[[], floa
     return measure
 
 
-def _is_table(lm: LM, path: Any) -> bool:
-    """Whether a parameter is only looked up in: the embedding, unless it is the head as well."""
-    return path[-1].key == "embed_tokens" and not lm.config.is_head_tied
+def _weights(lm: LM) -> list[jax.Array]:
+    """What a step reads whole: all but an embedding that is not the head as well, which is only looked up in."""
+    leaves = jax.tree_util.tree_leaves_with_path(lm.params)
+    return [x for path, x in leaves if lm.config.is_head_tied or path[-1].key != "embed_tokens"]
 
 
 def num_weights(lm: LM) -> int:
     """Of the matrices that a step multiplies by, and of the norms."""
-    return sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if not _is_table(lm, path))
+    return sum(x.size for x in _weights(lm))
 
 
 def bytes_read(lm: LM, context: int) -> int:
     """Bytes of weights and committed keys and values that a step must read."""
-    weights = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(lm.params) if not _is_table(lm, path))
     c = lm.config
-    return weights + 2 * context * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+    cached = 2 * context * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+    return sum(x.nbytes for x in _weights(lm)) + cached

@@ -51,7 +51,6 @@ from absl import flags
 from experiments import program, questions, replay_databases, replay_report, report, run_config, shapes, timed_replay, traces
 from experiments.questions import Question
 from experiments.run_config import BUDGET, CONFIG_FILE, PLAIN, Method
-from experiments.timed_replay import MAX_DEPTH
 from experiments.traces import Turn
 from hd_jax import admission, drafters, loop, runner
 from hd_jax.databases import collection
@@ -269,8 +268,8 @@ def _make(part: Part, databases: Databases) -> Drafter:
         raise ValueError(f"method {part.method.label}: {error}") from error
     if drafter.num_top_logits:
         raise _needs_logits(part.method)
-    if drafter.max_depth > MAX_DEPTH:
-        raise ValueError(f"method {part.method.label} is {drafter.max_depth} deep; at most {MAX_DEPTH} is possible")
+    if drafter.max_depth > (most := timed_replay.MAX_DEPTH):
+        raise ValueError(f"method {part.method.label} is {drafter.max_depth} deep; at most {most} is possible")
     return drafter
 
 
@@ -383,7 +382,7 @@ def replayed(drafter: Drafter, texts: Iterable[Turn]) -> Iterator[Outcome]:
 def _request(text: Turn) -> tuple[loop.Request, jax.Array]:
     """A recorded text as a request of one row, and its prompt, int32[1, S]."""
     whole = [*text.prompt, *text.answer]
-    tokens = np.zeros((1, runner.num_slots(max(len(whole), MIN_TOKENS), MAX_DEPTH)), np.int32)
+    tokens = np.zeros((1, runner.num_slots(max(len(whole), MIN_TOKENS), timed_replay.MAX_DEPTH)), np.int32)
     tokens[0, : len(text.prompt)] = text.prompt
     recorded = np.full(tokens.shape, NO_TOKEN, np.int32)
     recorded[0, : len(whole)] = whole

@@ -7,8 +7,8 @@ The first table has whole steps (draft, verification, commit), with a drafter wh
 device loop runs many steps a dispatch; the host loop, which is timed for the first and the last size, one. Beside them stands
 what the step must at least do: the bare products with the weights, the faster of two operand orders, alone and with those of
 attention to the committed tokens; and the share of this device's measured copy rate at which a step reads the weights and the
-committed keys and values. The second table has each
-drafter's draft and update, many in one program, without the model, after a short text and after a long one.
+committed keys and values. The second table has each drafter's draft and update, many in one program, without the model, after a
+short text and after a long one.
 
 All that is timed takes turns, round by round, so that a machine that other work slows down for a while slows all of it alike;
 medians over the rounds are reported. --transformers adds Hugging Face transformers (torch, the same weights, or random ones
@@ -260,7 +260,8 @@ def measure(lm: LM, sizes: Sequence[int], contexts: Sequence[int], values: Any) 
         for n in sizes
         for loop in (("device", "host") if context == contexts[0] and n in (sizes[0], sizes[-1]) else ("device",))
     }
-    bare = {("bare", n, context): device_floor.bare_products(lm, n, context) for n in sizes for context in (0, *contexts)}
+    cached = {0: [], **{context: device_floor.keys_and_values(lm, context) for context in contexts}}
+    bare = {("bare", n, c): device_floor.bare_products(lm, n, layers) for n in sizes for c, layers in cached.items()}
     measures: dict[Any, Callable[[], float]] = {**steps, **bare}
     torch_model = None
     if values.transformers:

@@ -251,8 +251,8 @@ def encode_prompt(lm: LM, prompt: Any) -> list[int]:
 def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeats: int = 5) -> float:
     """Median microseconds that one step's `draft` and `update` take on this device, after a text of token ids.
 
-    Many run in one program, as within the device loop; the model does not run, and nothing is accepted. Between a model's
-    passes they take longer: on two CPU cores, those of `hd_tree` with 8 or 16 nodes about twice as long.
+    Many run in one program, as within the device loop, and learn on; the model does not run, and nothing is accepted. Between
+    a model's passes they take longer: on two CPU cores, those of `hd_tree` with 8 or 16 nodes about twice as long.
     """
     tokens = runner.check_prompt(lm, tokens)
     slots = runner.num_slots(len(tokens), drafter.max_depth)
