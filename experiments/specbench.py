@@ -37,7 +37,7 @@ from experiments.answers import Answer
 from experiments.questions import Question
 from experiments.run_config import BUDGET, BUDGETS, CONFIG_FILE, PLAIN, Method, RunConfig
 
-DEFAULT_METHODS = "none,pld,hd,hd:window=0,hd:window=0:num_nodes=8"
+DEFAULT_METHODS = "none,pld,hd,hd:window=0:num_nodes=8,hd_tree:num_nodes=16:budget=adaptive"
 WARM_UP_TEXT = "Say in one sentence what the weather is like on the moon, then count from one to ten."
 WARM_UP_TOKENS = 16
 BATCHES_A_CALL = 4  # so many times the batch's size are asked at once: only a call's last answers leave places free

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import budget, draft_tree, ranking, sampling, sharding, verify
+from hd_jax import budget, compilation, draft_tree, ranking, sampling, sharding, verify
 from hd_jax.draft_tree import NO_NODE, NO_SOURCE, NO_TOKEN, UNUSED, DraftTree
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models import llama
@@ -340,7 +340,7 @@ def pinned(model: Llama, state: State) -> State:
     return rows._replace(cache=sharding.constrain(state.cache, llama.cache_sharding(model.config, model.mesh)))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings", "sync_every"), donate_argnames="state")
+@compilation.jit(static_argnames=("model", "settings", "sync_every"), donate_argnames="state")
 def run_steps(
     model: Llama | None,
     settings: StepSettings,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hd_jax import loop, sharding
+from hd_jax import compilation, loop, sharding
 from hd_jax.models import llama
 from hd_jax.models.llama import Cache, Llama
 
@@ -67,12 +66,12 @@ def read(
         program = (model, tokens.shape, size, is_exact)
         span = jnp.int32(first), jnp.int32(count or program not in _has_run)
         _has_run.add(program)
-        cache = read_alike(model, params, cache, tokens, *span, chunk_size=size, is_exact=is_exact)
+        cache = compilation.here(read_alike)(model, params, cache, tokens, *span, chunk_size=size, is_exact=is_exact)
         first += size * count
     return cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk_size", "is_exact"), donate_argnames="cache")
+@compilation.jit(static_argnames=("model", "chunk_size", "is_exact"), donate_argnames="cache")
 def read_alike(
     model: Llama,
     params: Any,

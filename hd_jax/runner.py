@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import admission, budget, loop, prefill, sharding, step_costs
+from hd_jax import admission, budget, compilation, loop, prefill, sharding, step_costs
 from hd_jax.databases.collection import Databases
 from hd_jax.draft_tree import NO_TOKEN
 from hd_jax.drafters.base import Drafter
@@ -147,10 +147,14 @@ def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
 
 
 def num_slots(num_tokens: int, max_depth: int) -> int:
-    """S for texts of so many tokens and what is written behind them, a path or a chunk: few sizes, for few programs."""
+    """S for texts of so many tokens and what is written behind them, a path or a chunk: few sizes, for few programs.
+
+    On a CPU, where a step attends to all slots and not to the committed ones alone, there are twice as many sizes.
+    """
+    least = 128 if jax.default_backend() == "cpu" else 256
     size, behind = 256, max(max_depth + 1, prefill.chunk_sizes()[-1])
     while size < num_tokens + behind:
-        size += max(256, 2 ** (size.bit_length() - 2))
+        size += max(least, least * 2 ** size.bit_length() // 1024)
     return size
 
 
@@ -238,6 +242,7 @@ def run(
             return admission.with_budget(new, settings, costs, drafter.num_nodes)
         return admission.admit(lm.model, state, new, sharding.put(jnp.asarray(places, jnp.int32), by_rows))
 
+    run_steps = compilation.here(loop.run_steps)
     found: Any = None  # what the host looked up last
 
     def arguments(request: loop.Request, state: loop.State, max_steps: int, min_rows: int) -> tuple:
@@ -248,7 +253,7 @@ def run(
         return lm.model, settings, lm.params, drafter, request, host, state, np.int32(max_steps), np.int32(min_rows)
 
     def dispatch(request: loop.Request, state: loop.State, max_steps: int, min_rows: int = 1) -> tuple[loop.State, loop.Record]:
-        return loop.run_steps(*arguments(request, state, max_steps, min_rows), sync_every=sync_every)
+        return run_steps(*arguments(request, state, max_steps, min_rows), sync_every=sync_every)
 
     texts = [_Text(row) for row in rows]
     filler, nowhere = texts[0], [part_size] * num_parts  # stands in free places, and for parts where no row is admitted
@@ -260,7 +265,7 @@ def run(
     state = admission.with_budget(state, settings, costs, drafter.num_nodes)
     program = (lm.model, settings, sync_every, step_costs.shape_key((drafter, request, state)))
     if is_adaptive and options.budget == "adaptive":
-        lower = functools.partial(loop.run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
+        lower = functools.partial(run_steps.lower, *arguments(request, state, 0, 1), sync_every=sync_every)
         times, state = step_costs.of_program(program, lower, dispatch, request, state, sizes)
         costs = sharding.put(np.asarray(times, np.float32), None)
         state = admission.with_budget(state, settings, costs, drafter.num_nodes)

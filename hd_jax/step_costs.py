@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hd_jax import budget, loop, sharding
+from hd_jax import budget, compilation, loop, sharding
 
 NUM_STEPS = 6  # that are asked for at once
 LONG_MS = 20.0  # of steps that are timed, and of those before: after a pause steps are slow at first, plain ones most
@@ -130,11 +130,12 @@ def shape_key(tree: Any) -> Hashable:
 
 
 def path_of(program: str) -> pathlib.Path | None:
-    """Where the curve of a program is kept, by its text; None where JAX keeps no compilation cache."""
+    """Where the curve of a program is kept, by its text and how it is compiled; None where JAX keeps no compilation cache."""
     folder = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 - it is not in the type stubs
     if folder is None:
         return None
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
+    device += f", {compilation.options()}, {os.environ.get('XLA_FLAGS')}"
     digest = hashlib.sha256(f"{device}\n{program}".encode()).hexdigest()
     return pathlib.Path(folder) / FOLDER / f"{digest}.json"
 

@@ -15,7 +15,7 @@ from models.test_weights import assert_equal, export, random_params, shard
 from test_decode import DRAFTERS, MANY, PROMPTS
 from test_loop import _arguments, lower_for_gpus_and_tpus
 
-from hd_jax import admission, decode, drafters, exactness, loop, sharding
+from hd_jax import admission, compilation, decode, drafters, exactness, loop, sharding
 from hd_jax.models import llama, weights
 from hd_jax.models.config import ModelConfig
 from hd_jax.runner import LM
@@ -96,7 +96,7 @@ def test_the_loop_moves_sums_and_logits_and_nothing_else(lm, mesh, name):
     """One sum for the embedding, two a layer; the logits; and how many rows have not ended. No weight, no cache, no draft."""
     split = on_mesh(lm, mesh)
     arguments, slots = _arguments(split, DRAFTERS[name], 4)
-    text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
+    text = compilation.here(loop.run_steps).lower(*arguments, sync_every=4).compile().as_text()
     pattern = r"= (\w+)\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
     found = collections.Counter((kind, dtype, shape) for dtype, shape, kind in re.findall(pattern, text))
     num_nodes = DRAFTERS[name].num_nodes

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from hd_jax import admission, drafters, loop, prefill, runner, sharding
+from hd_jax import admission, compilation, drafters, loop, prefill, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.databases.suffix_array import SuffixArray
 from hd_jax.databases.trigrams import TrigramCounts
@@ -58,7 +58,7 @@ def _cache_shapes(lm: LM, num_rows: int, slots: int) -> str:
 )
 def test_no_cache_shaped_copy_stands_in_the_compiled_loop(lm, make, num_rows, exact, sizes):
     arguments, slots = _arguments(lm, make(), num_rows, exact, sizes)
-    text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
+    text = compilation.here(loop.run_steps).lower(*arguments, sync_every=4).compile().as_text()
     shape = _cache_shapes(lm, num_rows, slots)
     body = text[: text.index("ENTRY")]  # every computation but the entry, so the loop's body among them
     assert re.search(rf"{shape}\S* dynamic-update-slice|{shape}\S* scatter|{shape}\S* fusion", body), (
@@ -73,7 +73,7 @@ def test_no_cache_shaped_copy_stands_in_the_compiled_prefill(lm, num_rows, size)
     slots = 3 * SLOTS_AT_ONCE
     cache, tokens = empty_cache(lm.config, num_rows, slots), jnp.zeros((num_rows, slots), jnp.int32)
     arguments = (lm.model, lm.params, cache, tokens, jnp.int32(0), jnp.int32(2))
-    text = prefill.read_alike.lower(*arguments, chunk_size=size).compile().as_text()
+    text = compilation.here(prefill.read_alike).lower(*arguments, chunk_size=size).compile().as_text()
     shape = _cache_shapes(lm, num_rows, slots)
     assert re.search(shape, text), "the pattern finds no cache"
     assert not re.findall(rf"\n.*= {shape}\S* copy\(.*", text[: text.index("ENTRY")])
@@ -142,7 +142,7 @@ def test_no_large_state_of_a_drafter_is_copied_in_the_compiled_loop(lm, make):
     """Of arrays of more than MAX_COPIED bytes: what a step writes to, it must not have to read afterwards."""
     arguments, _ = _arguments(lm, make(), 1, False)
     large = [leaf for leaf in jax.tree.leaves(arguments[6].drafter) if leaf.nbytes > MAX_COPIED]
-    text = loop.run_steps.lower(*arguments, sync_every=4).compile().as_text()
+    text = compilation.here(loop.run_steps).lower(*arguments, sync_every=4).compile().as_text()
     body = text[: text.index("ENTRY")]
     shapes = {",".join(map(str, leaf.shape)) for leaf in large}
     assert not [line for shape in shapes for line in re.findall(rf"\n.*= \w+\[{shape}\]\S* copy\(.*", body)]
@@ -260,7 +260,7 @@ def test_a_model_does_all_of_its_work_in_a_replay(lm):
     pattern = rf"= f32\[(?:{lm.config.vocab_size},\d+|[\d,]+,{lm.config.vocab_size})\]\S* (?:dot|fusion|custom-call)\("
     num_products = []  # of the vocabulary's width, or of the equally wide layers within
     for each in (arguments, _recorded(arguments, [[3] * 29])):
-        text = loop.run_steps.lower(*each, sync_every=4).compile().as_text()
+        text = compilation.here(loop.run_steps).lower(*each, sync_every=4).compile().as_text()
         num_products.append(len(re.findall(pattern, text)))
     assert num_products[0] > 0, "the pattern finds nothing"
     assert num_products[0] == num_products[1]
