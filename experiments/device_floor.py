@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hd_jax import compilation
 from hd_jax.runner import LM
 
 COPY_BYTES = 2**31  # of the array whose copy is timed, on an accelerator; a 32nd of it on a CPU
@@ -20,7 +21,7 @@ MATMUL_SIZE = 8192  # of the square matrices whose product is timed, on an accel
 def copy_rate() -> float:
     """Bytes a second, read and written, at which this device copies a large array."""
     size = COPY_BYTES // (32 if jax.default_backend() == "cpu" else 1)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    copy = _compiled(lambda x: x + 1, donate_argnums=0)
     x = copy(jnp.zeros(size // 4, jnp.float32))
     return 2 * size / _seconds_each(copy, x)
 
@@ -30,8 +31,13 @@ def matmul_rate() -> float:
     is_cpu = jax.default_backend() == "cpu"
     size = MATMUL_SIZE // (16 if is_cpu else 1)
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32 if is_cpu else jnp.bfloat16) / size**0.5
-    multiply = jax.jit(lambda x: x @ x)
+    multiply = _compiled(lambda x: x @ x)
     return 2 * size**3 / _seconds_each(multiply, multiply(x))
+
+
+def _compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Jitted as the programs are that decode."""
+    return jax.jit(function, compiler_options=compilation.options(), **settings)
 
 
 def _seconds_each(call: Callable[[jax.Array], jax.Array], x: jax.Array, num_calls: int = 10) -> float:
@@ -81,7 +87,7 @@ def bare_products(lm: LM, num_nodes: int, layers: Sequence[tuple[jax.Array, jax.
         return carried
 
     inputs = {weight.shape[1]: jnp.ones((num_nodes, weight.shape[1]), c.dtype) for weight in matrices}
-    compiled = [jax.jit(functools.partial(chain, is_weight_first=order)) for order in (False, True)]
+    compiled = [_compiled(functools.partial(chain, is_weight_first=order)) for order in (False, True)]
 
     def measure() -> float:
         times = []

@@ -28,6 +28,8 @@ FOLDER = "step_costs"  # inside that of JAX's compilation cache
 
 _known: dict[Hashable, list[float]] = {}  # times of the programs that this process has run, by key
 
+_bound = functools.partial(sharding.put, where=None)  # as what decodes is, or the program would be compiled twice
+
 Dispatch = Callable[[loop.Request, loop.State, int], tuple[loop.State, loop.Record]]
 
 
@@ -52,32 +54,9 @@ def measure(
       1 + Z times, and the state, whose rows have ended, and of which only the cache's slots before the prompts' last tokens are
       as they were.
     """
-    assert state.budget is not None
-    bound = functools.partial(sharding.put, where=None)  # as what decodes is, or the program would be compiled twice
-    request = request._replace(
-        limits=bound(np.full_like(request.limits, np.iinfo(np.int32).max)),
-        stop_tokens=bound(np.full_like(request.stop_tokens, np.iinfo(np.int32).min)),  # not NO_TOKEN, which ends a record
-    )
-
-    def begun(state: loop.State, kind: int) -> loop.State:
-        """At the prompts' ends, with a budget that takes steps of this kind alone."""
-        # No size is chosen whose cost is infinite. Where nothing is to be drafted, drafts promise nothing, and the wait is
-        # not over before the end; elsewhere they are worth more than steps without one, whose cost is infinite too.
-        only = np.full(1 + len(sizes), np.inf, np.float32)
-        only[kind] = 1.0
-        is_drafting = np.bool_(kind != budget.PLAIN)
-        forced = {"costs": only, "is_drafting": is_drafting, "wait": np.int32(np.iinfo(np.int32).max)}
-        forced |= {"tokens": np.float32(is_drafting), "cost": np.float32(1)}
-        texts = {"lengths": np.array(request.prompt_lengths), "is_finished": np.zeros_like(state.is_finished)}
-        assert state.budget is not None
-        return jax.block_until_ready(state._replace(**bound(texts), budget=state.budget._replace(**bound(forced))))
-
-    def run(state: loop.State, num_steps: int) -> tuple[int, float, loop.State]:
-        """One dispatch: how many steps it took, of so many at most, its milliseconds, and the state."""
-        clock = time.perf_counter()
-        state, record = dispatch(request, state, num_steps)
-        count = int(np.count_nonzero(record.pass_sizes))
-        return count, (time.perf_counter() - clock) * 1e3, state
+    request = _endless(request)
+    run = functools.partial(_run, dispatch, request)
+    begun = functools.partial(_begun, request, sizes)
 
     def run_long(state: loop.State) -> tuple[int, int, float, loop.State]:
         """Steps for LONG_MS: their number, that of dispatches, the milliseconds, and the state."""
@@ -90,14 +69,55 @@ def measure(
     times, idle = np.zeros((2, 1 + len(sizes), NUM_ROUNDS + 1))  # of a step, and what of it is its part of a dispatch
     for place in range(NUM_ROUNDS + 1):
         for kind in range(1 + len(sizes)):
-            *_, state = run_long(begun(state, kind))
+            *_, state = run_long(begun(kind, state))
             num_steps, num_dispatches, ms, state = run_long(state)
             _, idle_ms, state = run(state, 0)
             times[kind, place] = ms / num_steps
             idle[kind, place] = idle_ms * num_dispatches / num_steps if num_dispatches < num_steps else 0
-    state = state._replace(is_finished=bound(np.ones_like(state.is_finished)))
     of_steps = times[:, 1:] - np.median(idle, axis=1, keepdims=True)
-    return (np.median(of_steps[0]) * np.median(of_steps / of_steps[0], axis=1)).tolist(), state
+    return (np.median(of_steps[0]) * np.median(of_steps / of_steps[0], axis=1)).tolist(), _ended(state)
+
+
+def run_each(dispatch: Dispatch, request: loop.Request, state: loop.State, sizes: Sequence[int]) -> loop.State:
+    """One step of each kind, whose first run in a process is slow. Arguments and state are those of `measure`."""
+    request = _endless(request)
+    for kind in range(1 + len(sizes)):
+        *_, state = _run(dispatch, request, _begun(request, sizes, kind, state), 1)
+    return _ended(state)
+
+
+def _endless(request: loop.Request) -> loop.Request:
+    """The request without limits and stop tokens."""
+    return request._replace(
+        limits=_bound(np.full_like(request.limits, np.iinfo(np.int32).max)),
+        stop_tokens=_bound(np.full_like(request.stop_tokens, np.iinfo(np.int32).min)),  # not NO_TOKEN, which ends a record
+    )
+
+
+def _begun(request: loop.Request, sizes: Sequence[int], kind: int, state: loop.State) -> loop.State:
+    """At the prompts' ends, with a budget that takes steps of this kind alone."""
+    assert state.budget is not None
+    # No size is chosen whose cost is infinite. Where nothing is to be drafted, drafts promise nothing, and the wait is
+    # not over before the end; elsewhere they are worth more than steps without one, whose cost is infinite too.
+    only = np.full(1 + len(sizes), np.inf, np.float32)
+    only[kind] = 1.0
+    is_drafting = np.bool_(kind != budget.PLAIN)
+    forced = {"costs": only, "is_drafting": is_drafting, "wait": np.int32(np.iinfo(np.int32).max)}
+    forced |= {"tokens": np.float32(is_drafting), "cost": np.float32(1)}
+    texts = {"lengths": np.array(request.prompt_lengths), "is_finished": np.zeros_like(state.is_finished)}
+    return jax.block_until_ready(state._replace(**_bound(texts), budget=state.budget._replace(**_bound(forced))))
+
+
+def _ended(state: loop.State) -> loop.State:
+    return state._replace(is_finished=_bound(np.ones_like(state.is_finished)))
+
+
+def _run(dispatch: Dispatch, request: loop.Request, state: loop.State, num_steps: int) -> tuple[int, float, loop.State]:
+    """One dispatch: how many steps it took, of so many at most, its milliseconds, and the state."""
+    clock = time.perf_counter()
+    state, record = dispatch(request, state, num_steps)
+    count = int(np.count_nonzero(record.pass_sizes))
+    return count, (time.perf_counter() - clock) * 1e3, state
 
 
 def of_program(
@@ -110,12 +130,14 @@ def of_program(
 ) -> tuple[list[float], loop.State]:
     """As `measure`, unless this process knows the times of the program by its key, or they are on disk, where they are kept.
 
-    The program is what `lower` gives; it is lowered only for a key that is not known.
+    The program is what `lower` gives; it is lowered only for a key that is not known. Then it has run all kinds of steps.
     """
     if key not in _known:
         path = path_of(lower().as_text())
         times = read(path, sizes) if path else None
-        if times is None:
+        if times is not None:
+            state = run_each(dispatch, request, state, sizes)
+        else:
             times, state = measure(dispatch, request, state, sizes)
             if path:
                 write(path, sizes, times)

@@ -298,6 +298,26 @@ def test_costs_are_measured_once_and_kept(lm, tmp_path, monkeypatch):
     assert first.tokens == decode.generate(lm, [3, 4, 5], max_new_tokens=20).tokens
 
 
+def test_every_kind_of_step_has_run_before_the_clock_starts(lm, tmp_path, monkeypatch):
+    """Also where another process has measured what they cost."""
+    monkeypatch.setattr(step_costs, "path_of", lambda program: tmp_path / "costs.json")
+    decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
+    monkeypatch.setattr(step_costs, "_known", {})
+    taken, run = [], step_costs._run
+
+    def noted(dispatch, request, state, num_steps):
+        def noting(*arguments):
+            state, record = dispatch(*arguments)
+            taken.append(max(record.pass_sizes.tolist()))
+            return state, record
+
+        return run(noting, request, state, num_steps)
+
+    monkeypatch.setattr(step_costs, "_run", noted)
+    decode.generate(lm, [3, 4, 5], drafter="pld", max_new_tokens=20, budget="adaptive")
+    assert taken == [1, 1, 4, 8, 11]  # undrafted, and by what a draft's pass verifies
+
+
 def test_a_broken_file_of_costs_is_as_none(tmp_path):
     for content in ("", "[1]", '{"1": null}', '{"1": 2.0'):
         (tmp_path / "costs.json").write_text(content)
