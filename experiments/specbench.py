@@ -353,7 +353,10 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Model folder or hub name in Hugging Face format; by default the embedded model.")
     flags.DEFINE_string("questions", None, "Question file in Spec-Bench's format; by default the embedded questions.")
     flags.DEFINE_string(
-        "methods", DEFAULT_METHODS, "Comma list; options as in hd:window=0:order=cm. Plain decoding always runs."
+        "methods",
+        None,
+        f"Comma list; options as in hd:window=0:order=cm. Plain decoding always runs. By default {DEFAULT_METHODS}; on a mesh, "
+        "which has no budget, without it.",
     )
     flags.DEFINE_list("tasks", list(questions.TASKS), "Comma list of tasks.")
     flags.DEFINE_integer("limit", None, "Questions of each task, the first ones; by default all.", lower_bound=1)
@@ -385,6 +388,8 @@ def _given_config() -> RunConfig:
         raise ValueError(f"--temperature={values['temperature']}: a finite number is needed")
     if values["questions"]:
         values["questions"] = os.path.abspath(values["questions"])
+    if values["methods"] is None:
+        values["methods"] = DEFAULT_METHODS.removesuffix(":budget=adaptive") if values["mesh"] else DEFAULT_METHODS
     values["methods"], values["tasks"] = run_config.parse_methods(values["methods"]), tuple(values["tasks"])
     return RunConfig(**values)
 

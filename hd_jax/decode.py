@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, drafters, runner, sharding
+from hd_jax import compilation, draft_tree, drafters, runner, sharding
 from hd_jax.databases.collection import Databases
 from hd_jax.drafters.base import Context, Drafter, Feedback
 from hd_jax.models import llama, weights
@@ -262,7 +262,7 @@ def measure_draft_us(lm: LM, drafter: Drafter, tokens: Sequence[int], num_repeat
     host = jax.tree.map(jnp.asarray, drafter.refresh(fetched)) if drafter.refresh else ()
     num_iterations = 50
 
-    @functools.partial(jax.jit, donate_argnames="state")
+    @functools.partial(jax.jit, donate_argnames="state", compiler_options=compilation.options())
     def iterate(drafter: Drafter, context: Context, host: Any, state: Any):
         def body(index, carry):
             state, checksum = carry

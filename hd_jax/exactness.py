@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hd_jax import draft_tree, prefill, runner, sampling, sharding
+from hd_jax import compilation, draft_tree, prefill, runner, sampling, sharding
 from hd_jax.drafters.base import Context, Drafter
 from hd_jax.drafters.none import none
 from hd_jax.models.llama import Llama, empty_cache, write_rows
@@ -141,10 +141,11 @@ def _last_logits(lm: LM, width: int, num_rows: int, prompt: Sequence[int], text:
     cache = prefill.read(lm.model, lm.params, cache, tokens, 0, prefill.chunks_of(len(prompt) - 1))
     span = (jnp.int32(len(prompt) - 1), jnp.int32(len(text)))
     part_size = -(-num_rows // num_parts)
-    return np.asarray(_chain_logits(lm.model, lm.params, cache, tokens, *span, width=width, part_size=part_size))
+    chain_logits = compilation.here(_chain_logits)
+    return np.asarray(chain_logits(lm.model, lm.params, cache, tokens, *span, width=width, part_size=part_size))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "width", "part_size"))
+@compilation.jit(static_argnames=("model", "width", "part_size"))
 def _chain_logits(
     model: Llama, params, cache, tokens: jax.Array, first: jax.Array, end: jax.Array, *, width: int, part_size: int
 ) -> jax.Array:

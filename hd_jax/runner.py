@@ -149,12 +149,12 @@ def pass_sizes(drafter: Drafter, options: Options) -> tuple[int, ...]:
 def num_slots(num_tokens: int, max_depth: int) -> int:
     """S for texts of so many tokens and what is written behind them, a path or a chunk: few sizes, for few programs.
 
-    On a CPU, where a step attends to all slots and not to the committed ones alone, there are twice as many sizes.
+    There are twice as many on a CPU, whose steps attend to all slots and feel it most.
     """
     least = 128 if jax.default_backend() == "cpu" else 256
     size, behind = 256, max(max_depth + 1, prefill.chunk_sizes()[-1])
     while size < num_tokens + behind:
-        size += max(least, least * 2 ** size.bit_length() // 1024)
+        size += least * max(1, 2 ** size.bit_length() // 1024)
     return size
 
 

@@ -157,7 +157,7 @@ def path_of(program: str) -> pathlib.Path | None:
     if folder is None:
         return None
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
-    device += f", {compilation.options()}, {os.environ.get('XLA_FLAGS')}"
+    device += f", {compilation.options()}, {os.environ.get('XLA_FLAGS', '')}"
     digest = hashlib.sha256(f"{device}\n{program}".encode()).hexdigest()
     return pathlib.Path(folder) / FOLDER / f"{digest}.json"
 
